@@ -1,0 +1,42 @@
+# make demo   sets up everything and runs the quickstart comparison on real data
+# make test   sets up everything and passes the tests
+# make lint   style, types and the floors of the house
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint setup data clean
+
+demo: setup
+	$(BIN)/fedlora fetch vader
+	$(BIN)/fedlora fetch minilm
+	$(BIN)/fedlora compare quickstart
+
+test: data
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+data: setup
+	$(BIN)/fedlora fetch vader
+	$(BIN)/fedlora fetch minilm
+	$(BIN)/fedlora fetch digits
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Fedlora needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[data,dev]'
+	$(BIN)/python -m compileall -q fedlora strategies clients simulations
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

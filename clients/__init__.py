@@ -1,0 +1,1 @@
+"""Local training, and the Flower client app around it."""

@@ -1,0 +1,116 @@
+"""The Flower ``ClientApp``: messages in, local training or evaluation, messages out."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.resident import Resident, resident
+from fedlora.config import ClientConfig
+from fedlora.errors import ConfigError, WireError
+from fedlora.rounds import FACTORS, Factor
+from fedlora.wire import Layout, fingerprint
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of local training from the arrays in the message."""
+    ask = cast(ConfigRecord, message.content["config"])
+    here, config = _prepare(ask)
+    client = _client(context, config)
+    server_round = int(cast(int, ask["server-round"]))
+    factors = _factors(ask, "train")
+    _load(here, message, ask)
+    done = here.train(client, server_round, config.train, factors)
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(done.tensors),
+            "metrics": MetricRecord({"num-examples": done.examples, "train_loss": done.loss}),
+            "reply": ConfigRecord({"client": client, "round": server_round}),
+        }
+    )
+    return Message(content=content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure the arrays in the message on this client's share of the held-out examples."""
+    ask = cast(ConfigRecord, message.content["config"])
+    here, config = _prepare(ask)
+    client = _client(context, config)
+    _load(here, message, ask)
+    shard, shards = int(cast(int, ask["shard"])), int(cast(int, ask["shards"]))
+    groups = here.evaluate(shard, shards, config.train)
+    examples = sum(measured.examples for measured in groups.values())
+    if not examples:
+        raise ConfigError(f"client {client}: no held-out examples in its share of the data")
+    metrics: dict[str, int | float | list[int] | list[float]] = {
+        "num-examples": examples,
+        "loss": sum(measured.loss for measured in groups.values()) / examples,
+        "accuracy": sum(measured.correct for measured in groups.values()) / examples,
+    }
+    for name, measured in groups.items():
+        metrics[f"group.{name}.accuracy"] = measured.correct / measured.examples
+        metrics[f"group.{name}.examples"] = measured.examples
+    if here.task.objective == "language":
+        metrics["language"] = 1
+    content = RecordDict(
+        {"metrics": MetricRecord(metrics), "reply": ConfigRecord({"client": client})}
+    )
+    return Message(content=content, reply_to=message)
+
+
+def _prepare(ask: ConfigRecord) -> tuple[Resident, ClientConfig]:
+    """This process's resident for the run the message belongs to.
+
+    Raises:
+        WireError: the message carries no Fedlora configuration, or another base model's.
+    """
+    text = ask.get("fedlora")
+    if not isinstance(text, str):
+        raise WireError("the message has no 'fedlora' entry; is the server a Fedlora server?")
+    config = ClientConfig.model_validate_json(text)
+    here = resident(config)
+    if ask.get("base", here.fingerprint) != here.fingerprint:
+        raise WireError(
+            f"this client's base model is {here.fingerprint} and the server's is {ask['base']!r}; "
+            "both must load the same weights"
+        )
+    return here, config
+
+
+def _load(here: Resident, message: Message, ask: ConfigRecord) -> None:
+    """Copy the message's arrays in, and check factors that did not travel."""
+    tensors = cast(ArrayRecord, message.content["arrays"]).to_torch_state_dict()
+    kept = _factors(ask, "kept")
+    here.load(tensors, kept)
+    if kept:
+        first = Layout.of(ArrayRecord(here.first)).unpack(ArrayRecord(here.first))
+        mine = fingerprint(first, kept)
+        if mine != ask["kept-fingerprint"]:
+            raise WireError(
+                f"this client's draw of factor {''.join(kept)} is {mine!r} and the server's is "
+                f"{ask['kept-fingerprint']!r}; both must use one seed and one version of PEFT"
+            )
+
+
+def _client(context: Context, config: ClientConfig) -> int:
+    """Which partition this node holds."""
+    number = int(cast(int, context.node_config["partition-id"]))
+    nodes = int(cast(int, context.node_config.get("num-partitions", config.clients.number)))
+    if nodes != config.clients.number:
+        raise ConfigError(
+            f"clients.number is {config.clients.number} and the federation has {nodes} nodes; "
+            "make them equal"
+        )
+    return number
+
+
+def _factors(ask: ConfigRecord, key: str) -> list[Factor]:
+    """Factor letters from a configuration entry."""
+    letters = str(ask.get(key, ""))
+    return [factor for factor in FACTORS if factor in letters]

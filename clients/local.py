@@ -1,0 +1,159 @@
+"""Local training of one client: the readable reference that every faster path must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlora.config import TrainConfig
+from fedlora.errors import FedloraError
+from fedlora.models.base import Inputs
+from fedlora.tasks.task import Objective
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One client's encoded examples.
+
+    Attributes:
+        inputs: cut into batches by row.
+        labels: ``[N]`` int64.
+    """
+
+    inputs: Inputs
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def example_losses(
+    logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, objective: Objective
+) -> Tensor:
+    """The loss of each example by itself, ``[b]``.
+
+    Classification: cross-entropy of ``logits [b, classes]``. Language: the mean over a text's
+    own next tokens of ``logits [b, T, vocab]``, so that no example weighs on another's loss.
+    """
+    if objective == "classify":
+        return cross_entropy(logits, labels, reduction="none")
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")  # [b, T-1]
+    return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def batches(examples: int, config: TrainConfig, rng: numpy.random.Generator) -> Iterator[list[int]]:
+    """Row numbers of each step's batch: without replacement within an epoch.
+
+    The last batch of an epoch may be smaller.
+    """
+    left = config.step_count(examples)
+    while left > 0:
+        order = rng.permutation(examples)
+        for start in range(0, examples, config.batch_size):
+            if left == 0:
+                return
+            left -= 1
+            yield order[start : start + config.batch_size].tolist()
+
+
+def train(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    rows: Rows,
+    objective: Objective,
+    config: TrainConfig,
+    rng: numpy.random.Generator,
+) -> float:
+    """Train ``parameters`` in place with a fresh optimiser; returns the mean loss of the steps.
+
+    Dropout draws from torch's ambient stream, which the caller sets.
+
+    Raises:
+        FedloraError: the loss stopped being a finite number.
+    """
+    module.train()
+    optimizer = _optimizer(parameters, config)
+    device = parameters[0].device
+    losses = []
+    for picked in batches(len(rows), config, rng):
+        batch = {key: value.to(device) for key, value in rows.inputs(picked).items()}
+        logits = module(**batch).logits
+        loss = example_losses(logits, batch, rows.labels[picked].to(device), objective).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.clip_gradient:
+            nn.utils.clip_grad_norm_(parameters, config.clip_gradient)
+        optimizer.step()
+        losses.append(loss.detach())
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise FedloraError(
+            f"training diverged: the loss is {mean} at learning rate {config.learning_rate:g}"
+        )
+    return mean
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What evaluation saw: sums over ``examples`` rows."""
+
+    examples: int
+    loss: float
+    correct: float
+
+
+@torch.inference_mode()
+def evaluate(
+    module: nn.Module,
+    rows: Rows,
+    order: NDArray[numpy.int64],
+    objective: Objective,
+    config: TrainConfig,
+) -> Measured:
+    """Summed loss and number right over the rows in ``order``, in batches of like length.
+
+    For language, "right" is the share of a text's next tokens that were ranked first.
+    """
+    module.eval()
+    device = next(module.parameters()).device
+    by_length = sorted(order.tolist(), key=lambda row: (rows.inputs.lengths[row], row))
+    loss = correct = 0.0
+    for start in range(0, len(by_length), config.evaluate_batch_size):
+        picked = by_length[start : start + config.evaluate_batch_size]
+        batch = {key: value.to(device) for key, value in rows.inputs(picked).items()}
+        labels = rows.labels[picked].to(device)
+        logits = module(**batch).logits
+        loss += float(example_losses(logits, batch, labels, objective).double().sum())
+        correct += float(_right(logits, batch, labels, objective).double().sum())
+    return Measured(len(order), loss, correct)
+
+
+def _right(
+    logits: Tensor, batch: Mapping[str, Tensor], labels: Tensor, objective: Objective
+) -> Tensor:
+    """``[b]`` 1 or 0 for a class, a share in [0, 1] for a text."""
+    if objective == "classify":
+        return logits.argmax(-1) == labels
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    hits = (logits[:, :-1].argmax(-1) == targets) * mask
+    return hits.sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """A fresh optimiser over what trains, and nothing else."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -1,0 +1,169 @@
+"""One base model that stays in the process; clients are copied in and out of its adapter."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clients.local import Measured, Rows, evaluate, train
+from fedlora.adapters import AdaptedModel, attach, load_into
+from fedlora.config import ClientConfig, TrainConfig
+from fedlora.errors import ConfigError
+from fedlora.models import fingerprint, load_model
+from fedlora.partition import partition
+from fedlora.rounds import Factor
+from fedlora.seeds import ambient, numpy_generator
+from fedlora.tasks import load_task
+from fedlora.tasks.task import Examples, Task
+from fedlora.wire import FACTOR_KEY
+
+KEPT_CLIENTS = 256  # encoded data sets kept in memory
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client brings back from a round."""
+
+    tensors: OrderedDict[str, Tensor]
+    examples: int
+    loss: float
+
+
+class Resident:
+    """A base model with an adapter, the task, and the clients' data, built once per process."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        """Load the task and the model, deal the data, draw the first adapter.
+
+        Raises:
+            ConfigError: whatever of it cannot be had as the recipe says.
+        """
+        self.config = config
+        self.task: Task = load_task(config.task)
+        self.parts: Sequence[NDArray[numpy.int64]] = partition(
+            self.task, config.clients, config.seed
+        )
+        base = load_model(config.model, len(self.task.label_names), self.task.objective)
+        self.fingerprint = fingerprint(base.module)
+        self.model: AdaptedModel = attach(base, config.adapter, config.seed)
+        self.first: dict[str, Tensor] = {
+            key: parameter.detach().clone() for key, parameter in self.model.trained.items()
+        }
+        self.model.module.to(device_for(config.device))
+        self._data: OrderedDict[int, Rows] = OrderedDict()
+        self._held_out: Rows | None = None
+
+    def load(self, tensors: Mapping[str, Tensor], kept: Sequence[Factor] = ()) -> None:
+        """Copy a global adapter in; factors in ``kept`` are set to the first draw.
+
+        Raises:
+            ConfigError: a key that this model does not train, or one that is missing.
+        """
+        fixed = {key: value for key, value in self.first.items() if _factor(key) in kept}
+        values = {**fixed, **tensors}
+        if values.keys() != self.first.keys():
+            odd = sorted(values.keys() ^ self.first.keys())[0]
+            raise ConfigError(
+                f"adapter key {odd!r} is "
+                + ("missing from the message" if odd in self.first else "unknown to this model")
+                + "; server and client must build the same model and adapter"
+            )
+        load_into(self.model.trained, values)
+
+    def train(
+        self, client: int, server_round: int, config: TrainConfig, factors: Sequence[Factor]
+    ) -> Trained:
+        """Train one client from what was loaded; only ``factors`` and vectors move."""
+        moving = {}
+        for key, parameter in self.model.trained.items():
+            moves = _factor(key) is None or _factor(key) in factors
+            parameter.requires_grad_(moves)
+            if moves:
+                moving[key] = parameter
+        rows = self.rows(client)
+        stream = (self.config.seed, "client", client, "round", server_round)
+        with ambient(*stream, "dropout"):
+            loss = train(
+                self.model.module,
+                list(moving.values()),
+                rows,
+                self.task.objective,
+                config,
+                numpy_generator(*stream, "batches"),
+            )
+        tensors = OrderedDict((k, p.detach().to("cpu", copy=True)) for k, p in moving.items())
+        return Trained(tensors, len(rows), loss)
+
+    def evaluate(self, shard: int, shards: int, config: TrainConfig) -> dict[str, Measured]:
+        """Measure what was loaded on every ``shards``-th held-out row, group by group."""
+        if self._held_out is None:
+            self._held_out = self._encode(self._measured())
+        groups = self._measured().groups
+        mine = numpy.arange(len(groups)) % shards == shard
+        results = {}
+        for number, name in enumerate(self.task.group_names):
+            order = numpy.flatnonzero(mine & (groups == number)).astype(numpy.int64)
+            if len(order):
+                results[name] = evaluate(
+                    self.model.module, self._held_out, order, self.task.objective, config
+                )
+        return results
+
+    def rows(self, client: int) -> Rows:
+        """One client's encoded examples, kept for its next round.
+
+        Raises:
+            ConfigError: there is no such client.
+        """
+        if not 0 <= client < len(self.parts):
+            raise ConfigError(f"client {client}: there are {len(self.parts)} (clients.number)")
+        if client not in self._data:
+            self._data[client] = self._encode(self.task.train.take(self.parts[client]))
+            if len(self._data) > KEPT_CLIENTS:
+                self._data.popitem(last=False)
+        self._data.move_to_end(client)
+        return self._data[client]
+
+    def _measured(self) -> Examples:
+        """The held-out part that the recipe measures on."""
+        return self.task.test if self.config.task.evaluate == "test" else self.task.validation
+
+    def _encode(self, examples: Examples) -> Rows:
+        """Examples as the model's inputs."""
+        return Rows(self.model.base.encode(examples), torch.from_numpy(examples.labels))
+
+
+def resident(config: ClientConfig) -> Resident:
+    """This process's resident for a configuration; training settings do not rebuild it."""
+    return _resident(config.model_copy(update={"train": TrainConfig()}).model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _resident(config: str) -> Resident:
+    """Build it, replacing the one before."""
+    return Resident(ClientConfig.model_validate_json(config))
+
+
+def device_for(name: str) -> torch.device:
+    """The device of a recipe's ``device``; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: ``cuda`` was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("launch.device: found 'cuda', and torch sees no GPU; allowed: auto, cpu")
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _factor(key: str) -> Factor | None:
+    """Which factor a wire key names, if any."""
+    match = FACTOR_KEY.match(key)
+    return None if match is None else "A" if match["factor"] == "A" else "B"

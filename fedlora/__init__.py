@@ -1,0 +1,1 @@
+"""Federated LoRA: adapters, low-rank maths, models, tasks and the wire."""

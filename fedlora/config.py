@@ -1,0 +1,185 @@
+"""One run, written down: every table of a recipe as a frozen type."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, Strict, model_validator
+
+from fedlora.options import Count, CountOrZero, Names, NonNegative, Part, Positive, Share
+
+Scalar = str | int | float | bool | list[str]
+
+
+class TaskConfig(Part):
+    """Which data, and which part of it measures.
+
+    Attributes:
+        name: an entry of ``TASKS``.
+        evaluate: held-out part that is measured; ``validation`` is for choosing settings.
+        rows_per_group: measure at most so many examples of each group; 0 measures all.
+        options: the task's own options.
+    """
+
+    name: str = "vader"
+    evaluate: Literal["test", "validation"] = "test"
+    rows_per_group: CountOrZero = 0
+    options: dict[str, Scalar] = {}
+
+
+class ClientsConfig(Part):
+    """How many clients there are, how the data is dealt to them, who takes part in a round.
+
+    Attributes:
+        number: of clients.
+        split: ``group`` (one client per domain), ``natural`` (per article, review, ...),
+            ``iid``, ``dirichlet`` (label skew) or ``pathological`` (few classes each).
+        alpha: of the Dirichlet split; smaller is more skewed.
+        classes: per client, for the pathological split.
+        min_examples: what each client must have at least.
+        fraction_train: share of the clients drawn in each round.
+        min_train_nodes: draw at least so many, and merge only if so many good replies came.
+        timeout: seconds to wait for the replies of one round.
+    """
+
+    number: Count = 4
+    split: Literal["group", "natural", "iid", "dirichlet", "pathological"] = "group"
+    alpha: Positive = 0.5
+    classes: Count = 2
+    min_examples: Count = 1
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_train_nodes: Count = 2
+    timeout: Positive = 3600.0
+
+
+class ModelConfig(Part):
+    """The frozen base model.
+
+    Attributes:
+        name: an entry of ``MODELS``, a folder, or a name on the hub.
+        max_length: tokens a text is cut to.
+        options: the model's own options.
+    """
+
+    name: str = "minilm"
+    max_length: Count = 32
+    options: dict[str, Scalar] = {}
+
+
+class AdapterConfig(Part):
+    """What is trained on top of the base.
+
+    Attributes:
+        name: an entry of ``ADAPTERS``.
+        rank: r.
+        target_modules: names of the layers that get an adapter, as PEFT matches them.
+        options: the adapter's own options (for ``lora``: alpha, dropout, use_rslora, ...).
+    """
+
+    name: str = "lora"
+    rank: Count = 8
+    target_modules: Names = ("query", "value")
+    options: dict[str, Scalar] = {}
+
+
+class TrainConfig(Part):
+    """One client's local training in one round.
+
+    Attributes:
+        optimizer: ``adamw`` or ``sgd``, made afresh in each round.
+        learning_rate: constant.
+        weight_decay, momentum: the optimiser's (momentum for SGD only).
+        batch_size: examples per step, drawn without replacement within an epoch.
+        steps: optimiser steps per round; 0 if ``epochs`` is given instead.
+        epochs: passes over the client's data per round; 0 if ``steps`` is given.
+        clip_gradient: largest L2 norm of a step's gradient; 0 leaves it alone.
+        evaluate_batch_size: examples per forward pass when measuring.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    momentum: Share = 0.0
+    batch_size: Count = 16
+    steps: CountOrZero = 10
+    epochs: CountOrZero = 0
+    clip_gradient: NonNegative = 0.0
+    evaluate_batch_size: Count = 64
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> Self:
+        if (self.steps == 0) == (self.epochs == 0):
+            raise ValueError("exactly one of steps and epochs above 0")
+        return self
+
+    def step_count(self, examples: int) -> int:
+        """Optimiser steps in a round for a client with so many examples."""
+        return self.steps or self.epochs * math.ceil(examples / self.batch_size)
+
+
+class LaunchConfig(Part):
+    """Where clients run. Nothing here changes a result, but for ``threads`` and ``device``.
+
+    Attributes:
+        backend: ``inprocess`` (this process, for small things and debugging) or ``ray``.
+        workers: Ray workers; 0 takes one per CPU core divided by ``threads``.
+        threads: torch threads per worker on CPU, and of the server; sums may depend on it.
+        device: ``auto`` takes CUDA where there is one.
+        num_gpus: share of a GPU that each worker reserves.
+        address: of a running Ray cluster to join; empty starts one on this machine.
+    """
+
+    backend: Literal["inprocess", "ray"] = "inprocess"
+    workers: CountOrZero = 0
+    threads: Count = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_gpus: NonNegative = 0.0
+    address: str = ""
+
+
+class ClientConfig(Part):
+    """What a client needs to know of a run; the server sends it with each message."""
+
+    seed: CountOrZero = 0
+    task: TaskConfig = TaskConfig()
+    clients: ClientsConfig = ClientsConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class RunConfig(Part):
+    """A whole run, as ``config.toml`` keeps it.
+
+    Attributes:
+        name: of the run's folder.
+        method: an entry of ``METHODS``; ``options`` are its fields.
+        rounds: of federated training.
+        seed: the root of every random stream.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), Strict()] = "run"
+    method: str = "fedavg"
+    rounds: Count = 5
+    seed: CountOrZero = 0
+    options: dict[str, Scalar] = {}
+    task: TaskConfig = TaskConfig()
+    clients: ClientsConfig = ClientsConfig()
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    def client(self) -> ClientConfig:
+        """The part that travels to clients."""
+        return ClientConfig(
+            seed=self.seed,
+            task=self.task,
+            clients=self.clients,
+            model=self.model,
+            adapter=self.adapter,
+            train=self.train,
+            device=self.launch.device,
+        )

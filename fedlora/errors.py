@@ -1,0 +1,45 @@
+"""The errors a user can meet, and the one-line form they take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class FedloraError(Exception):
+    """Something a person can put right; the command line prints it in one line and exits 2."""
+
+
+class ConfigError(FedloraError):
+    """A recipe, an option or a command that cannot be carried out as written."""
+
+
+class WireError(FedloraError):
+    """A record from the network that is not what this round asked for."""
+
+
+def wrong(where: str, found: object, allowed: str) -> ConfigError:
+    """A ``ConfigError`` saying where, what was found and what is allowed."""
+    return ConfigError(f"{where}: found {found!r}, allowed: {allowed}")
+
+
+def unknown(where: str, found: str, allowed: Iterable[str]) -> ConfigError:
+    """A ``ConfigError`` for a name that is not in a list, with the nearest one that is."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ConfigError(f"{where}: found {found!r}, allowed: {', '.join(names)}{hint}")
+
+
+def choose(table: Mapping[str, T], name: str, where: str) -> T:
+    """The entry ``name`` of a table.
+
+    Raises:
+        ConfigError: the table has no such entry; the nearest name is given.
+    """
+    if name not in table:
+        raise unknown(where, name, table)
+    return table[name]

@@ -1,0 +1,122 @@
+"""Low-rank maths on LoRA factors: products are compared without ever being formed.
+
+Letters follow the papers: ``A [r, d_in]``, ``B [d_out, r]``, ``delta = scale * B @ A``.
+Sums and factorisations run in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one adapted layer.
+
+    Attributes:
+        A: ``[r, d_in]``.
+        B: ``[d_out, r]``.
+        scale: ``alpha / r`` (``alpha / sqrt(r)`` for rsLoRA).
+
+    Raises:
+        ValueError: the factors are not matrices of one common rank.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise ValueError(
+                f"A is {list(self.A.shape)} and B is {list(self.B.shape)}; "
+                "A must be [r, d_in] and B [d_out, r] with one r"
+            )
+
+    def delta(self) -> Tensor:
+        """The change this pair makes to its layer's weight, ``[d_out, d_in]``."""
+        return self.scale * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All that is trained: factor pairs by layer, and everything that averages linearly.
+
+    Attributes:
+        pairs: layer key (with ``{}`` where the factor's letter stands) to its factors.
+        vectors: heads, biases, magnitudes and other trained tensors by their wire key.
+    """
+
+    pairs: Mapping[str, LoraPair] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """``sum_k weights[k] * tensors[k]``, added in the given order in float64.
+
+    The weights must sum to 1. The result has the tensors' own dtype.
+    """
+    total = torch.zeros(tensors[0].shape, dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor.double(), alpha=weight)
+    return total.to(tensors[0].dtype)
+
+
+def mean_adapter(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Each factor and each vector averaged by itself (FedIT); scales are the first adapter's."""
+    first = adapters[0]
+    return Adapter(
+        pairs={
+            name: LoraPair(
+                weighted_mean([adapter.pairs[name].A for adapter in adapters], weights),
+                weighted_mean([adapter.pairs[name].B for adapter in adapters], weights),
+                pair.scale,
+            )
+            for name, pair in first.pairs.items()
+        },
+        vectors={
+            name: weighted_mean([adapter.vectors[name] for adapter in adapters], weights)
+            for name in first.vectors
+        },
+    )
+
+
+def product_norm(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> float:
+    """``|| sum_i lefts[i] @ rights[i] ||_F`` for ``[d_out, r_i]`` and ``[r_i, d_in]``.
+
+    Both stacks are reduced by QR, so the cost is ``O((d_out + d_in) R^2)`` with ``R = sum r_i``
+    and the small differences of large products keep their digits; no ``d_out x d_in`` matrix.
+    """
+    left = torch.cat([tensor.double() for tensor in lefts], dim=1)  # [d_out, R]
+    right = torch.cat([tensor.double() for tensor in rights], dim=0)  # [R, d_in]
+    R_left = torch.linalg.qr(left, mode="r").R
+    R_right = torch.linalg.qr(right.T, mode="r").R
+    return float(torch.linalg.matrix_norm(R_left @ R_right.T))
+
+
+def aggregation_error(
+    adapters: Sequence[Adapter], weights: Sequence[float], merged: Adapter
+) -> float:
+    """How far a merged adapter is from the mean of the clients' weight changes, relative.
+
+    ``|| sum_k p_k B_k A_k - B A ||_F / || sum_k p_k B_k A_k ||_F`` over all layers together,
+    each product with its own scale; 0 is exact. Adapters without factor pairs average
+    exactly by definition and give 0. When the clients changed nothing at all, the result is
+    0 if the merged adapter changes nothing either, else infinity.
+    """
+    error = ideal = 0.0
+    for name, pair in merged.pairs.items():
+        uploads = [adapter.pairs[name] for adapter in adapters]
+        lefts = [
+            p * upload.scale * upload.B.double() for p, upload in zip(weights, uploads, strict=True)
+        ]
+        rights = [upload.A for upload in uploads]
+        ideal += product_norm(lefts, rights) ** 2
+        error += product_norm([*lefts, -pair.scale * pair.B.double()], [*rights, pair.A]) ** 2
+    if ideal == 0.0:
+        return 0.0 if error == 0.0 else float("inf")
+    return float((error / ideal) ** 0.5)

@@ -1,0 +1,62 @@
+"""Frozen base models: the door to transformers.
+
+``MODELS`` maps a name to a function; any other name is a folder or a name on the hub. A base
+model is built the same way in every process: same weights, same head, same fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedlora.config import ModelConfig
+from fedlora.errors import unknown
+from fedlora.models.base import BaseModel, Inputs
+from fedlora.models.pretrained import from_folder, minilm, mixer
+from fedlora.models.tiny import tiny_bert, tiny_llama
+from fedlora.options import checked_options
+from fedlora.tasks.task import Objective
+
+__all__ = ["MODELS", "BaseModel", "Inputs", "fingerprint", "load_model"]
+
+MODELS: dict[str, Callable[..., BaseModel]] = {
+    "minilm": minilm,
+    "mixer": mixer,
+    "tiny_bert": tiny_bert,
+    "tiny_llama": tiny_llama,
+}
+
+
+def load_model(config: ModelConfig, label_count: int, objective: Objective) -> BaseModel:
+    """The base model of a recipe, frozen and in evaluation mode, on the CPU.
+
+    Raises:
+        ConfigError: unknown name or option, weights not there, or a folder that is no model.
+    """
+    if config.name in MODELS:
+        build = MODELS[config.name]
+        options = checked_options(build, config.options, "model.options", leave_out=3)
+        base = build(label_count, objective, config.max_length, **options)
+    elif "/" in config.name or Path(config.name).exists():
+        if config.options:
+            raise unknown("unknown key in model.options", next(iter(config.options)), ())
+        base = from_folder(config.name, label_count, objective, config.max_length)
+    else:
+        raise unknown("model.name", config.name, [*MODELS, "a folder", "a hub name owner/model"])
+    base.module.requires_grad_(False).eval()
+    return base
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A short hash of a base model: names, shapes and 64 spread values of each tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        spread = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel())).long()
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(flat[spread].cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""What a base model is, and how examples become its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.errors import ConfigError
+from fedlora.tasks.task import Examples, Objective
+
+
+class Inputs(Protocol):
+    """Encoded examples: batches are cut from them by row."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """The cost of each row, to batch rows of like length."""
+        ...
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The model's keyword arguments for the given rows, padded to the longest."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """Token ids per row, padded only when a batch is made."""
+
+    tokens: Sequence[Sequence[int]]
+    pad: int
+    lengths: Sequence[int]
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask``, both ``[b, T]`` int64."""
+        picked = [self.tokens[row] for row in rows]
+        width = max(len(tokens) for tokens in picked)
+        ids = torch.full((len(picked), width), self.pad, dtype=torch.int64)
+        mask = torch.zeros((len(picked), width), dtype=torch.int64)
+        for index, tokens in enumerate(picked):
+            ids[index, : len(tokens)] = torch.tensor(tokens)
+            mask[index, : len(tokens)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images as they are."""
+
+    images: Tensor
+    lengths: Sequence[int]
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """``pixel_values`` ``[b, channels, height, width]``."""
+        return {"pixel_values": self.images[list(rows)]}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model, ready for an adapter.
+
+    Attributes:
+        module: called with the keywords of ``encode``'s batches, returns ``.logits``.
+        objective: ``classify`` (``logits [b, classes]``) or ``language`` (``[b, T, vocab]``).
+        heads: names of modules that train in full beside the adapter.
+        task_type: PEFT's, or None for modules PEFT does not know.
+        encode: turns examples into ``Inputs``.
+    """
+
+    module: nn.Module
+    objective: Objective
+    heads: tuple[str, ...]
+    task_type: str | None
+    encode: Callable[[Examples], Inputs]
+
+
+def text_model(
+    module: nn.Module,
+    tokenizer: Any,  # Any: transformers' tokenizers share no typed base class
+    objective: Objective,
+    max_length: int,
+) -> BaseModel:
+    """Put a transformers module and its tokenizer together; its head trains in full."""
+    heads = tuple(name for name in ("classifier", "score") if hasattr(module, name))
+    kind = "CAUSAL_LM" if objective == "language" else "SEQ_CLS"
+    encode = partial(encode_texts, tokenizer=tokenizer, max_length=max_length)
+    return BaseModel(module, objective, heads, kind, encode)
+
+
+def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> TextInputs:
+    """Tokenise all texts once, cut to ``max_length`` tokens.
+
+    Raises:
+        ConfigError: the task has no texts.
+    """
+    if not examples.texts and len(examples):
+        raise ConfigError("model.name: this model reads texts, and the task has images")
+    if not examples.texts:
+        return TextInputs([], tokenizer.pad_token_id, [])
+    tokens = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
+    return TextInputs(tokens, tokenizer.pad_token_id, [len(ids) for ids in tokens])
+
+
+def encode_images(examples: Examples) -> ImageInputs:
+    """Images as a tensor.
+
+    Raises:
+        ConfigError: the task has no images.
+    """
+    if examples.images is None:
+        raise ConfigError("model.name: 'mixer' reads images, and the task has texts")
+    return ImageInputs(torch.from_numpy(examples.images), [1] * len(examples))

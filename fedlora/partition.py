@@ -1,0 +1,201 @@
+"""Dealing a task's training examples to clients, and a count of what each one got.
+
+All splits but ``group`` are flwr-datasets' own partitioners, given the rows in a seeded order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+from numpy.typing import NDArray
+
+from fedlora import seeds
+from fedlora.config import ClientsConfig
+from fedlora.errors import ConfigError, wrong
+from fedlora.tasks.task import Task
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+Rows = NDArray[numpy.int64]
+
+
+@dataclass(frozen=True)
+class SkewRow:
+    """What one client holds.
+
+    Attributes:
+        client: its number, from 0.
+        examples: how many it has.
+        labels: count of each label by name, in the task's order, zeros included; empty for
+            language modelling.
+        groups: count of each group by name, likewise.
+    """
+
+    client: int
+    examples: int
+    labels: dict[str, int]
+    groups: dict[str, int]
+
+
+def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
+    """The rows of ``task.train`` that each client holds, sorted; no row is held twice.
+
+    ``group`` gives client k the k-th group. ``natural`` gives one source each, in the order of
+    their names; if there are more sources with ``min_examples`` examples than clients, a
+    seeded draw leaves some out. ``iid`` and ``dirichlet`` deal every row. ``pathological``
+    gives client k the class k modulo the number of classes and ``classes - 1`` others at
+    random; a class that nobody drew is not dealt.
+
+    Raises:
+        ConfigError: the task cannot be dealt so, or a client would have too few examples.
+    """
+    if clients.split == "group":
+        parts = _by_group(task, clients)
+    elif clients.split == "natural":
+        parts = _by_source(task, clients, seed)
+    else:
+        parts = _by_library(task, clients, seed)
+    poor = [k for k, rows in enumerate(parts) if len(rows) < clients.min_examples]
+    if poor:
+        raise ConfigError(
+            f"clients.min_examples: client(s) {_listed(poor)} would have fewer than "
+            f"{clients.min_examples} examples; lower clients.min_examples or clients.number, "
+            "or use another clients.split"
+        )
+    return parts
+
+
+def skew(task: Task, parts: tuple[Rows, ...]) -> list[SkewRow]:
+    """What each client holds, for a table or a picture."""
+    return [
+        SkewRow(
+            client=client,
+            examples=len(rows),
+            labels=_counted(task.train.labels[rows], task.label_names),
+            groups=_counted(task.train.groups[rows], task.group_names),
+        )
+        for client, rows in enumerate(parts)
+    ]
+
+
+def _by_group(task: Task, clients: ClientsConfig) -> tuple[Rows, ...]:
+    names = task.group_names
+    if clients.number != len(names):
+        allowed = f"{len(names)}, one per group of {task.name!r} ({', '.join(names)})"
+        raise wrong("clients.number", clients.number, allowed)
+    return tuple(numpy.flatnonzero(task.train.groups == k) for k in range(len(names)))
+
+
+def _by_source(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
+    sizes = Counter(task.train.natural)
+    large = sorted(name for name, size in sizes.items() if size >= clients.min_examples)
+    if clients.number > len(large):
+        allowed = (
+            f"at most {len(large)}, the natural sources of {task.name!r} with at least "
+            f"{clients.min_examples} training examples"
+        )
+        raise wrong("clients.number", clients.number, allowed)
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    generator = seeds.numpy_generator(seed, "partition")
+    chosen = numpy.sort(generator.choice(len(large), clients.number, replace=False))
+    kept = {large[source] for source in chosen}
+    rows = numpy.array([row for row, name in enumerate(task.train.natural) if name in kept])
+    return _deal(task, rows, NaturalIdPartitioner(partition_by="natural"))
+
+
+def _by_library(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        IidPartitioner,
+        PathologicalPartitioner,
+    )
+
+    if clients.number > len(task.train):
+        allowed = f"at most {len(task.train)}, the training examples of {task.name!r}"
+        raise wrong("clients.number", clients.number, allowed)
+    present = len(numpy.unique(task.train.labels))
+    if clients.split == "pathological" and clients.classes > present:
+        allowed = f"at most {present}, the classes of {task.name!r}"
+        raise wrong("clients.classes", clients.classes, allowed)
+    narrow = seeds.derive(seed, "partition", "library") % 2**32
+    by_library: Partitioner
+    if clients.split == "iid":
+        by_library = IidPartitioner(num_partitions=clients.number)
+    elif clients.split == "dirichlet":
+        by_library = DirichletPartitioner(
+            num_partitions=clients.number,
+            partition_by="label",
+            alpha=clients.alpha,
+            min_partition_size=clients.min_examples,
+            seed=narrow,
+        )
+    else:
+        by_library = PathologicalPartitioner(
+            num_partitions=clients.number,
+            partition_by="label",
+            num_classes_per_partition=clients.classes,
+            class_assignment_mode="first-deterministic",
+            seed=narrow,
+        )
+    order = seeds.numpy_generator(seed, "partition").permutation(len(task.train))
+    try:
+        return _deal(task, order, by_library)
+    except ValueError as error:
+        raise _refused(clients, str(error)) from None
+
+
+def _deal(task: Task, rows: Rows, by_library: Partitioner) -> tuple[Rows, ...]:
+    """What flwr-datasets makes of the given rows."""
+    import datasets
+
+    by_library.dataset = datasets.Dataset.from_dict(
+        {
+            "row": rows,
+            "label": task.train.labels[rows],
+            "group": task.train.groups[rows],
+            "natural": [task.train.natural[row] for row in rows],
+        }
+    )
+    with _quiet():
+        parts = [by_library.load_partition(k)["row"] for k in range(by_library.num_partitions)]
+    return tuple(numpy.sort(numpy.asarray(part, dtype=numpy.int64)) for part in parts)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's progress bar and its warning at each new try."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _refused(clients: ClientsConfig, reason: str) -> ConfigError:
+    """The library's refusal in our words."""
+    if clients.split == "dirichlet":
+        return ConfigError(
+            f"clients.alpha: with alpha {clients.alpha}, 11 draws left one of {clients.number} "
+            f"clients with fewer than {clients.min_examples} examples each time; raise "
+            "clients.alpha, or lower clients.number or clients.min_examples"
+        )
+    first = reason.split(". ")[0]
+    return ConfigError(f"clients: the {clients.split} split is not possible: {first}")
+
+
+def _counted(codes: Rows, names: tuple[str, ...]) -> dict[str, int]:
+    counts = numpy.bincount(codes, minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=False)}
+
+
+def _listed(numbers: list[int]) -> str:
+    """The first few numbers, and how many more there are."""
+    shown = ", ".join(str(number) for number in numbers[:8])
+    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"

@@ -1,0 +1,104 @@
+"""What the server and the clients know of each other: the types of one round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fedlora.lowrank import Adapter
+
+Factor = Literal["A", "B"]
+FACTORS: tuple[Factor, ...] = ("A", "B")
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a method asks of its clients in one round.
+
+    Attributes:
+        train: the factors that clients train and upload; the others are frozen before the
+            optimiser is built. Heads and other vectors always train.
+        send: the factors that travel to clients. A factor left out must be one that every
+            client can draw by itself; its fingerprint is sent instead.
+    """
+
+    train: tuple[Factor, ...] = FACTORS
+    send: tuple[Factor, ...] = FACTORS
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """One client's checked reply to a training message.
+
+    Attributes:
+        client: the client's number, from 0 (Flower's node id for clients that do not say).
+        adapter: what it trained, frozen factors filled in from the global adapter.
+        examples: its weight, positive and finite.
+        metrics: what else it measured.
+    """
+
+    client: int
+    adapter: Adapter
+    examples: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """All that the server needs to go on: the adapter after ``round`` rounds."""
+
+    adapter: Adapter
+    round: int = 0
+
+
+def shares(updates: Sequence[ClientUpdate]) -> list[float]:
+    """``p_k = n_k / sum_j n_j``."""
+    total = sum(update.examples for update in updates)
+    return [update.examples / total for update in updates]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client, or a whole round, that did not count, and why."""
+
+    client: int | None
+    stage: Literal["train", "evaluate", "round"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of ``rounds.jsonl``.
+
+    Attributes:
+        round: 0 for the adapter before any training, then 1, 2, ...
+        merged: whether a new adapter came of this round.
+        train_loss: mean training loss over the merged clients, by their examples.
+        loss, accuracy: of the global adapter after the round, over all held-out examples.
+        perplexity: ``exp(loss)`` for language models, else None.
+        groups: accuracy per group (for example per domain).
+        aggregation_error: see ``lowrank.aggregation_error``.
+        bytes_up, bytes_down: numbers in the training messages times their width, as sent.
+        seconds: wall time of the round, evaluation included.
+        clients: the clients whose updates were merged.
+        failures: everybody who was asked and did not count.
+    """
+
+    round: int
+    merged: bool = False
+    train_loss: float | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    perplexity: float | None = None
+    groups: Mapping[str, float] = field(default_factory=dict)
+    aggregation_error: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    clients: tuple[int, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:  # Any: JSON values of several kinds
+        """A plain dictionary in field order."""
+        return asdict(self)

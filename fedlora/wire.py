@@ -1,0 +1,192 @@
+"""Adapters as Flower records and back, with every claim of a record checked before it is used.
+
+The keys are PEFT's state-dict keys, so stock PEFT clients and servers speak the same wire.
+Dtypes change here and nowhere else: the wire keeps what was first sent, and float16 becomes
+float32 before any maths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from fedlora.errors import WireError
+from fedlora.lowrank import Adapter, LoraPair
+from fedlora.rounds import FACTORS, Factor
+
+FLOATS = {"float32": 4, "float16": 2, "float64": 8}
+FACTOR_KEY = re.compile(
+    r"^(?P<layer>.*\.lora_(?:embedding_)?)(?P<factor>[AB])(?P<end>(\.weight)?)$"
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of the exchange: its key, width on the wire, shape, and part in the adapter."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    pair: str | None
+    factor: Factor | None
+
+    @property
+    def bytes(self) -> int:
+        """Numbers times their width; the few bytes of an array's header are not counted."""
+        return torch.Size(self.shape).numel() * FLOATS[self.dtype]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of one federation, in the order in which they were first sent."""
+
+    fields: tuple[Field, ...]
+    scales: Mapping[str, float]
+
+    @staticmethod
+    def of(arrays: ArrayRecord, scales: Mapping[str, float] | None = None) -> Layout:
+        """Read the layout off the initial arrays.
+
+        Args:
+            arrays: with PEFT state-dict keys.
+            scales: ``alpha / r`` per layer key (``{}`` in place of the factor's letter);
+                1 where not given, which is exact as long as all layers share one scale.
+
+        Raises:
+            WireError: an array that cannot be averaged, or half a factor pair.
+        """
+        fields = tuple(_field(key, array) for key, array in arrays.items())
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for field in fields:
+            if field.pair is not None and field.factor is not None:
+                found.setdefault(field.pair, {})[field.factor] = field.shape
+        for pair, shapes in found.items():
+            A, B = shapes.get("A", ()), shapes.get("B", ())
+            if len(A) != 2 or len(B) != 2 or A[0] != B[1]:
+                raise WireError(
+                    f"layer {pair.format('*')!r}: A is {list(A)} and B is {list(B)}; a pair "
+                    "needs A [r, d_in] and B [d_out, r] with one r"
+                )
+        return Layout(fields, {pair: (scales or {}).get(pair, 1.0) for pair in found})
+
+    def select(self, factors: Sequence[Factor]) -> tuple[Field, ...]:
+        """The tensors of the given factors, and all vectors."""
+        return tuple(f for f in self.fields if f.factor is None or f.factor in factors)
+
+    def pack(self, adapter: Adapter, factors: Sequence[Factor] = FACTORS) -> ArrayRecord:
+        """The given factors and all vectors of an adapter, at the wire's width."""
+        return ArrayRecord(
+            {
+                field.key: Array(_value(adapter, field).to(getattr(torch, field.dtype)).numpy())
+                for field in self.select(factors)
+            }
+        )
+
+    def unpack(self, arrays: ArrayRecord, frozen: Adapter | None = None) -> Adapter:
+        """Checked tensors as an adapter; absent factors are taken from ``frozen``.
+
+        A factor that ``frozen`` holds may also be present if it is the same bit for bit, which
+        is what a stock PEFT client sends.
+
+        Raises:
+            WireError: a key too many or too few, or a wrong shape, dtype or value.
+        """
+        tensors: dict[str, Tensor] = {}
+        for field in self.fields:
+            if field.key in arrays:
+                tensors[field.key] = _read(field, arrays[field.key])
+            elif frozen is None or field.factor is None:
+                raise WireError(f"array {field.key!r} is missing")
+            else:
+                tensors[field.key] = _value(frozen, field)
+        extra = [key for key in arrays if key not in tensors]
+        if extra:
+            raise WireError(f"array {extra[0]!r} is not part of this federation")
+        pairs: dict[str, dict[str, Tensor]] = {pair: {} for pair in self.scales}
+        for field in self.fields:
+            if field.pair is not None and field.factor is not None:
+                pairs[field.pair][field.factor] = tensors[field.key]
+        return Adapter(
+            {p: LoraPair(ab["A"], ab["B"], self.scales[p]) for p, ab in pairs.items()},
+            {field.key: tensors[field.key] for field in self.fields if field.pair is None},
+        )
+
+    def check_frozen(self, adapter: Adapter, shared: Adapter, factors: Sequence[Factor]) -> None:
+        """Make sure that factors which were not to be trained are the shared ones.
+
+        Raises:
+            WireError: a frozen factor differs; the layer is named.
+        """
+        for field in self.fields:
+            if field.factor is None or field.factor in factors:
+                continue
+            if not torch.equal(_value(adapter, field), _value(shared, field)):
+                raise WireError(
+                    f"{field.key!r} differs from the shared draw, so this client trained "
+                    f"factor {field.factor}; this method trains {' and '.join(factors)} only"
+                )
+
+
+def fingerprint(adapter: Adapter, factors: Sequence[Factor]) -> str:
+    """A short hash of the given factors of all pairs: equal for equal bits only."""
+    digest = hashlib.sha256()
+    for name in sorted(adapter.pairs):
+        for factor in sorted(factors):
+            tensor = getattr(adapter.pairs[name], factor).float().contiguous()
+            digest.update(f"{name}{factor}{list(tensor.shape)}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def size(arrays: ArrayRecord) -> int:
+    """Bytes of all numbers in a record, as sent."""
+    return sum(
+        torch.Size(array.shape).numel() * FLOATS.get(array.dtype, 0) for array in arrays.values()
+    )
+
+
+def _field(key: str, array: Array) -> Field:
+    """What one array declares, refused if it cannot be averaged."""
+    if array.dtype not in FLOATS:
+        raise WireError(f"array {key!r} is {array.dtype}; allowed: {', '.join(FLOATS)}")
+    match = FACTOR_KEY.match(key)
+    pair = f"{match['layer']}{{}}{match['end']}" if match else None
+    factor: Factor | None = None if match is None else "A" if match["factor"] == "A" else "B"
+    return Field(key, array.dtype, tuple(array.shape), pair, factor)
+
+
+def _read(field: Field, array: Array) -> Tensor:
+    """One array as float32 or wider, after its dtype, shape and values were checked."""
+    if (array.dtype, tuple(array.shape)) != (field.dtype, field.shape):
+        raise WireError(
+            f"array {field.key!r} is {array.dtype}{list(array.shape)}, "
+            f"expected {field.dtype}{list(field.shape)}"
+        )
+    if len(array.data) > field.bytes + 4096:
+        raise WireError(f"array {field.key!r} is {len(array.data)} bytes, expected {field.bytes}")
+    try:
+        values = array.numpy()
+    except (ValueError, TypeError, EOFError, SyntaxError) as error:
+        raise WireError(f"array {field.key!r} cannot be read: {error}") from None
+    if (str(values.dtype), values.shape) != (field.dtype, field.shape):
+        raise WireError(f"array {field.key!r} holds {values.dtype}{list(values.shape)} inside")
+    tensor = torch.from_numpy(values.copy())
+    if tensor.dtype == torch.float16:
+        tensor = tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        raise WireError(f"array {field.key!r} holds values that are not finite")
+    return tensor
+
+
+def _value(adapter: Adapter, field: Field) -> Tensor:
+    """The adapter's tensor for one field of the layout."""
+    if field.pair is None:
+        return adapter.vectors[field.key]
+    pair = adapter.pairs[field.pair]
+    return pair.A if field.factor == "A" else pair.B

@@ -1,0 +1,1 @@
+"""Launching, recipes, results and the command line."""

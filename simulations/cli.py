@@ -1,0 +1,202 @@
+"""The ``fedlora`` command: its options, and how each error becomes one line.
+
+What a command does is in ``simulations.commands``, which is loaded when one is called, so that
+``fedlora --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fedlora.errors import FedloraError, unknown, wrong
+from simulations.progress import Stopped
+
+F = TypeVar("F", bound=Callable[..., Any])  # Any: a command takes whatever its options give
+MISTAKE, INTERRUPTED = 2, 130
+
+
+class Commands(click.Group):
+    """A group that names the nearest command for one it does not know."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Look the command up, or say which one may have been meant."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    from simulations.doctor import house_check
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] != ["doctor"]:  # it reports this itself, among the rest
+            house_check()
+        result = fedlora.main(arguments, prog_name="fedlora", standalone_mode=False)
+    except FedloraError as error:
+        return _mistake(str(error))
+    except click.ClickException as error:
+        return _mistake(error.format_message())
+    except Stopped as stop:
+        return _stopped(stop.folder)
+    except (click.Abort, KeyboardInterrupt):
+        return _stopped(None)
+    return result if isinstance(result, int) else 0
+
+
+def _mistake(message: str) -> int:
+    """Say what is wrong in one line on stderr."""
+    click.echo(f"fedlora: {' '.join(message.split())}", err=True)
+    return MISTAKE
+
+
+def _stopped(folder: Path | None) -> int:
+    """Say where the results lie that there are."""
+    where = f"; what was finished lies in {folder}" if folder else ""
+    click.echo(f"fedlora: stopped{where}", err=True)
+    return INTERRUPTED
+
+
+def separated(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
+    """A comma-separated option as a list; each entry once."""
+    entries = [entry.strip() for entry in value.split(",")] if value is not None else []
+    if len(set(entries)) < len(entries) or "" in entries:
+        raise wrong(f"--{parameter.name}", value, "names separated by commas, each once")
+    return entries
+
+
+def whole(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    """A comma-separated option as a list of whole numbers from 0."""
+    entries = separated(context, parameter, value)
+    if not all(entry.isascii() and entry.isdigit() for entry in entries):
+        raise wrong(f"--{parameter.name}", value, "whole numbers from 0, separated by commas")
+    numbers = sorted({int(entry) for entry in entries})
+    if len(numbers) < len(entries):
+        raise wrong(f"--{parameter.name}", value, "each number once")
+    return numbers
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which help lists them."""
+
+    def decorate(command: F) -> F:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+settings = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe."
+)
+out_folder = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.")
+launching = options(
+    settings,
+    click.option("--rounds", type=int, help="Short for --set rounds=N."),
+    click.option("--backend", help="Short for --set launch.backend=NAME (inprocess or ray)."),
+    click.option("--workers", type=int, help="Short for --set launch.workers=N."),
+    out_folder,
+    as_json,
+)
+
+
+@click.group(cls=Commands, invoke_without_command=True)
+@click.pass_context
+def fedlora(context: click.Context) -> None:
+    """Federated LoRA fine-tuning: run methods, compare them, read the results."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@fedlora.command()
+@click.argument("recipe")
+@click.option("--method", help="Instead of the recipe's method.")
+@click.option("--seed", type=int, help="Short for --set seed=N.")
+@launching
+def run(**given: Any) -> None:  # Any: as commands.run declares them
+    """Run RECIPE, a built-in name or a TOML file."""
+    from simulations import commands
+
+    commands.run(**given)
+
+
+@fedlora.command()
+@click.argument("recipe")
+@click.option("--methods", callback=separated, metavar="A,B", help="The recipe's own; or: all.")
+@click.option("--seeds", callback=whole, metavar="0,1,2", help="The recipe's own.")
+@launching
+def compare(**given: Any) -> None:  # Any: as commands.compare declares them
+    """Run RECIPE with several methods and seeds."""
+    from simulations import commands
+
+    commands.compare(**given)
+
+
+@fedlora.command("list")
+@click.argument("kind", metavar="methods|tasks|models|adapters|recipes")
+@click.option("--partition", metavar="RECIPE", help="With tasks: how RECIPE deals its data.")
+@click.option("--figure", type=click.Path(path_type=Path), help="With --partition: draw it.")
+@settings
+@as_json
+def list_names(**given: Any) -> None:  # Any: as listing.list_names declares them
+    """List what there is of one kind, one line each."""
+    from simulations import listing
+
+    listing.list_names(**given)
+
+
+@fedlora.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@out_folder
+@as_json
+def report(**given: Any) -> None:  # Any: as commands.report declares them
+    """Tabulate the runs in FOLDERS.
+
+    Writes table.md, table.csv and curves.png to --out, or into the folder itself when only
+    one is given.
+    """
+    from simulations import commands
+
+    commands.report(**given)
+
+
+@fedlora.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="Fetch all there is.")
+def fetch(**given: Any) -> None:  # Any: as commands.fetch declares them
+    """Get the data set or the weights called NAME."""
+    from simulations import commands
+
+    commands.fetch(**given)
+
+
+@fedlora.command()
+@click.option("--ray", is_flag=True, help="Start Ray as well; takes seconds.")
+@as_json
+def doctor(**given: Any) -> int:  # Any: as commands.doctor declares them
+    """Check this installation; exit code 1 if it is broken."""
+    from simulations import commands
+
+    return commands.doctor(**given)
+
+
+@fedlora.command()
+def version() -> None:
+    """Print the version."""
+    from simulations import commands
+
+    commands.version()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""What each command of ``fedlora`` does: results to stdout, progress and hints to stderr."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from fedlora.errors import ConfigError, choose
+from simulations.progress import Progress, Stopped, for_terminal
+
+
+def run(
+    recipe: str,
+    method: str | None,
+    seed: int | None,
+    out: Path | None,
+    as_json: bool,
+    **launching: Any,  # Any: see overrides
+) -> None:
+    """One run: its row, and the folder it lies in."""
+    from simulations import launch
+    from simulations.recipe import load
+    from simulations.run_folders import read_run
+
+    config = load(recipe).resolve(method, overrides(seed=seed, **launching))
+    with _watched() as progress:
+        folder = launch.run(config, out, progress)
+    _show([read_run(folder)], {"folder": str(folder)}, as_json)
+
+
+def compare(
+    recipe: str,
+    methods: list[str],
+    seeds: list[int],
+    out: Path | None,
+    as_json: bool,
+    **launching: Any,  # Any: see overrides
+) -> None:
+    """Several methods and seeds: a row for each method, and where the report lies."""
+    from simulations import launch
+    from simulations.recipe import load
+    from simulations.run_folders import collect
+    from simulations.tables import write
+    from strategies import METHODS
+
+    plan = load(recipe)
+    changes = overrides(**launching)
+    methods = list(METHODS) if methods == ["all"] else methods or list(plan.compare)
+    for method in methods:
+        choose(METHODS, method, "compare: methods")
+    seeds = seeds or [plan.resolve(None, changes).seed]
+    with _watched(many=True) as progress:
+        folder = launch.compare(plan, methods, seeds, changes, out, progress)
+    finished = collect([folder])
+    written = write(finished, folder)
+    _show(finished, {"folder": str(folder), "written": [str(path) for path in written]}, as_json)
+
+
+def report(folders: Sequence[Path], out: Path | None, as_json: bool) -> None:
+    """The rows of finished runs, written beside them or into ``out``."""
+    from simulations.run_folders import collect
+    from simulations.tables import write
+
+    finished = collect(folders)
+    target = folders[0] if out is None and len(folders) == 1 else out
+    written = [str(path) for path in write(finished, target)] if target else []
+    if not target:
+        click.echo("fedlora: nothing written; name a folder with --out for that", err=True)
+    _show(finished, {"written": written}, as_json)
+
+
+def fetch(name: str | None, everything: bool) -> None:
+    """Get one source, or all; with all, one that fails does not stop the others."""
+    from fedlora.fetch import SOURCES
+    from fedlora.fetch import fetch as get
+
+    if (name is None) == (not everything):
+        raise ConfigError(f"fetch: name one of {', '.join(SOURCES)}, or give --all")
+    failed = []
+    for source in SOURCES if name is None else [name]:
+        try:
+            click.echo(f"{source}: {get(source)}")
+        except ConfigError as error:
+            failed.append(str(error))
+    if failed:
+        raise ConfigError("; ".join(failed))
+
+
+def doctor(ray: bool, as_json: bool) -> int:
+    """Print the checks; 1 if one of them failed."""
+    from simulations.doctor import checks
+
+    found = checks(ray)
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in found], indent=2))
+    else:
+        for check in found:
+            click.echo(f"{check.state:<4}  {check.name}: {check.detail}")
+    return int(any(check.state == "fail" for check in found))
+
+
+def version() -> None:
+    """Print the installed version."""
+    try:
+        click.echo(importlib.metadata.version("fedlora"))
+    except importlib.metadata.PackageNotFoundError:
+        click.echo("not installed, running from a checkout")
+
+
+def overrides(
+    settings: Sequence[str],
+    rounds: int | None,
+    backend: str | None,
+    workers: int | None,
+    seed: int | None = None,
+) -> list[str]:
+    """``--set`` and its short forms as one list; the short forms come last and win."""
+    short = {
+        "rounds": rounds,
+        "seed": seed,
+        "launch.backend": None if backend is None else json.dumps(backend),
+        "launch.workers": workers,
+    }
+    return [*settings, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+@contextmanager
+def _watched(many: bool = False) -> Iterator[Progress]:
+    """Show progress; on Ctrl-C, leave the terminal as it was and say where results lie.
+
+    With ``many`` runs, that is the folder of their folders.
+    """
+    with for_terminal() as progress:
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            folder = progress.folder.parent if progress.folder and many else progress.folder
+            raise Stopped(folder) from None
+
+
+def _show(runs: Sequence[Any], where: Mapping[str, Any], as_json: bool) -> None:  # Any: Run; JSON
+    """Print rows, and where things lie."""
+    from simulations import tables
+    from simulations.report import rows
+
+    found = rows(runs)
+    if as_json:
+        return click.echo(json.dumps({**where, "rows": tables.as_json(found)}, indent=2))
+    tables.print_table(found, Console())
+    for line in where.get("written") or [where[key] for key in ("folder",) if key in where]:
+        click.echo(line)

@@ -1,0 +1,159 @@
+"""Flower grids of our own: the same server and client apps, without Flower's runtime."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from simulations.progress import Progress, Stage
+
+SERVER_NODE = 2**62  # so that node ids can be the clients' own numbers
+RUN_ID = 1
+
+
+class LocalGrid(Grid):
+    """What grids without a SuperLink share: client k is node k, replies come in client order.
+
+    Attributes:
+        contexts: each client's Flower context; its ``state`` lasts from message to message.
+        progress: told of stages and replies.
+    """
+
+    def __init__(
+        self,
+        clients: int,
+        run_config: Mapping[str, str | int | float | bool] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Give every client a context and this process an identity in Flower's eyes."""
+        identify()
+        self._run = Run.create_empty(RUN_ID)
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+        self.progress = progress or Progress()
+        self.contexts = {
+            client: Context(
+                run_id=RUN_ID,
+                node_id=client,
+                node_config={"partition-id": client, "num-partitions": clients},
+                state=RecordDict(),
+                run_config=dict(run_config or {}),
+            )
+            for client in range(clients)
+        }
+
+    @abstractmethod
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
+        """Run the messages on their clients; replies as they come, errors as error replies."""
+
+    def close(self) -> None:
+        """Release what the grid holds; nothing, unless a subclass says so."""
+
+    def set_run(self, run: Run) -> None:
+        """Set the run; Flower's own apps call this."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run this grid belongs to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to a client."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The clients' numbers: they are always connected."""
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Run the messages now and keep the replies for ``pull_messages``."""
+        sent = [self._stamp(message) for message in messages]
+        for reply in self.deliver(sent, None):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies to pushed messages, each handed out once."""
+        return [self._replies.pop(name) for name in message_ids if name in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Run the messages and return their replies in client order."""
+        sent = [self._stamp(message) for message in messages]
+        if sent:
+            first = sent[0].metadata
+            number = int(first.group_id) if first.group_id.isdigit() else 0
+            stage: Stage = "train" if first.message_type == "train" else "evaluate"
+            self.progress.stage_started(number, stage, len(sent))
+        replies = []
+        for reply in self.deliver(sent, timeout):
+            replies.append(reply)
+            self.progress.replied(reply.has_error())
+        return sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+
+    def _stamp(self, message: Message) -> Message:
+        """Give a message the id that Flower's SuperLink would give it."""
+        self._sent += 1
+        message.metadata.__dict__["_message_id"] = f"{RUN_ID}-{self._sent}"
+        return message
+
+
+class InProcessGrid(LocalGrid):
+    """Calls the client app in this process, one client after the other: to debug and to test."""
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        clients: int,
+        run_config: Mapping[str, str | int | float | bool] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Hold the app; see ``LocalGrid``."""
+        super().__init__(clients, run_config, progress)
+        self._app = client_app
+
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
+        """One client at a time; ``timeout`` cannot interrupt a client and is ignored."""
+        for message in messages:
+            yield answer(self._app, message, self.contexts[message.metadata.dst_node_id])
+
+
+def answer(app: ClientApp, message: Message, context: Context) -> Message:
+    """What a client app replies; an exception becomes an error reply that says what it was."""
+    try:
+        return app(message, context)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return failed(message, reason)
+
+
+def failed(message: Message, reason: str) -> Message:
+    """An error reply."""
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def identify() -> None:
+    """Set Flower's process-wide identity, without which no message can be made.
+
+    Flower sets it in its own runtimes; it is private there, so it is set here alone, and a test
+    holds us to it.
+    """
+    TaskIdentity.task_id = 0
+    TaskIdentity.run_id = RUN_ID
+    TaskIdentity.node_id = SERVER_NODE

@@ -1,0 +1,91 @@
+"""Runs on this machine or a Ray cluster: a grid, the server app, a folder of results."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import Context, RecordDict
+
+from clients.client_app import app as client_app
+from fedlora.config import RunConfig
+from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, LocalGrid
+from simulations.progress import Progress
+from simulations.recipe import Recipe
+from simulations.results import claim, default_folder
+from simulations.server_app import app as server_app
+
+CLIENT_APP = "clients.client_app:app"
+
+
+def run(config: RunConfig, out: Path | None, progress: Progress) -> Path:
+    """One run; returns its folder.
+
+    Raises:
+        FedloraError: the run cannot be carried out as written.
+    """
+    folder = out or default_folder(config.name)
+    with open_grid(config, progress) as grid:
+        _serve(config, grid, folder)
+    return folder
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    out: Path | None,
+    progress: Progress,
+) -> Path:
+    """Every method with every seed on one pool of workers; returns the folder of run folders.
+
+    Raises:
+        FedloraError: a run cannot be carried out; all are checked before the first starts.
+    """
+    runs: dict[str, RunConfig] = {}
+    for seed in seeds:
+        for method in methods:
+            runs[f"{method}-seed{seed}"] = recipe.resolve(method, [*overrides, f"seed={seed}"])
+    first = next(iter(runs.values()))
+    folder = out or default_folder(f"{first.name}-compare")
+    claim(folder)
+    with open_grid(first, progress) as grid:
+        for name, config in runs.items():
+            _serve(config, grid, folder / name)
+    return folder
+
+
+@contextmanager
+def open_grid(config: RunConfig, progress: Progress) -> Iterator[LocalGrid]:
+    """The grid a recipe asks for, closed at the end."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    grid: LocalGrid
+    if config.launch.backend == "ray":
+        from simulations.ray_grid import RayGrid  # Ray takes seconds to import
+
+        grid = RayGrid(CLIENT_APP, config.clients.number, config.launch, progress=progress)
+    else:
+        grid = InProcessGrid(client_app, config.clients.number, progress=progress)
+    try:
+        yield grid
+    finally:
+        grid.close()
+
+
+def _serve(config: RunConfig, grid: LocalGrid, folder: Path) -> None:
+    """Hand one run to the server app, as Flower's runtime would."""
+    context = Context(
+        run_id=RUN_ID,
+        node_id=SERVER_NODE,
+        node_config={},
+        state=RecordDict(),
+        run_config={"config": config.model_dump_json(), "folder": str(folder)},
+    )
+    server_app(grid, context)

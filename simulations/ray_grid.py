@@ -1,0 +1,197 @@
+"""A Flower grid on Ray: long-lived workers, each with one resident base model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+# Read by Ray while it is imported, hence before it.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedlora.config import LaunchConfig
+from fedlora.errors import ConfigError, FedloraError
+from simulations.grid import LocalGrid, answer, failed, identify
+from simulations.progress import Progress
+
+RETRIES = 1  # a message whose worker died is tried once more, on a fresh worker
+
+
+class Worker:
+    """One Ray process: the client app, and in it the resident base model."""
+
+    def __init__(self, app: str, threads: int) -> None:
+        """Import the app (``module:attribute``) and set this process's torch threads."""
+        torch.set_num_threads(threads)
+        identify()
+        module, _, name = app.partition(":")
+        self._app = cast(ClientApp, getattr(import_module(module), name))
+
+    def run(self, message: Message, context: Context) -> tuple[Message, Context]:
+        """The app's reply, and the client's context as the app left it."""
+        return answer(self._app, message, context), context
+
+
+@dataclass
+class Job:
+    """A message on its way: how often it was tried, and which worker has it."""
+
+    message: Message
+    tries: int = 0
+    worker: Any = None  # Any: Ray's actor handles have no static type
+
+
+class RayGrid(LocalGrid):
+    """Runs clients on a pool of Ray workers, whichever is free first.
+
+    Which worker runs a client changes nothing in its result. A worker that dies is replaced and
+    its client tried once more; a client that outlives ``timeout`` is left out and its worker
+    replaced, so that nothing is left running.
+    """
+
+    def __init__(
+        self,
+        client_app: str,
+        clients: int,
+        launch: LaunchConfig,
+        run_config: Mapping[str, str | int | float | bool] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Start or join Ray and start the workers.
+
+        Args:
+            client_app: ``module:attribute``, imported in each worker.
+            clients: how many; client k is node k.
+            launch: workers, threads, GPU share and cluster address.
+            run_config: see ``LocalGrid``.
+            progress: see ``LocalGrid``.
+
+        Raises:
+            ConfigError: the cluster cannot be joined, or has no room for one worker.
+        """
+        super().__init__(clients, run_config, progress)
+        self._app, self._launch = client_app, launch
+        workers = launch.workers or max(1, (os.cpu_count() or 1) // launch.threads)
+        self._owns_ray = start_ray(launch, workers)
+        self._workers = deque(self._new_worker() for _ in range(workers))
+        self._check_room()
+
+    def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
+        """Messages to free workers until all are answered or ``timeout`` seconds are over."""
+        end = None if timeout is None else time.monotonic() + timeout
+        waiting = deque(Job(message) for message in messages)
+        running: dict[Any, Job] = {}  # Any: Ray's object references
+        idle = deque(self._workers)
+        try:
+            while waiting or running:
+                while waiting and idle:
+                    job = waiting.popleft()
+                    job.worker, job.tries = idle.popleft(), job.tries + 1
+                    context = self.contexts[job.message.metadata.dst_node_id]
+                    running[job.worker.run.remote(job.message, context)] = job
+                left = None if end is None else max(0.0, end - time.monotonic())
+                done, _ = ray.wait(list(running), num_returns=1, timeout=left)
+                if not done:
+                    yield from self._give_up(running, waiting, timeout)
+                    return
+                job = running.pop(done[0])
+                try:
+                    reply, context = ray.get(done[0])
+                    self.contexts[context.node_id] = context
+                    idle.append(job.worker)
+                    yield reply
+                except ray.exceptions.RayError as error:
+                    idle.append(self._replace(job.worker))
+                    if job.tries <= RETRIES:
+                        waiting.append(job)
+                    else:
+                        reason = f"its worker died {job.tries} times ({type(error).__name__})"
+                        yield failed(job.message, reason)
+        except BaseException:
+            for job in running.values():
+                self._replace(job.worker)
+            raise
+
+    def close(self) -> None:
+        """Stop the workers, and Ray if it was started here."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers.clear()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _new_worker(self) -> Any:  # Any: see Job
+        """A fresh worker with the launch's resources."""
+        kind: Any = ray.remote(Worker)
+        return kind.options(num_cpus=self._launch.threads, num_gpus=self._launch.num_gpus).remote(
+            self._app, self._launch.threads
+        )
+
+    def _replace(self, worker: Any) -> Any:  # Any: see Job
+        """A fresh worker in the place of one that died or must stop."""
+        ray.kill(worker)
+        fresh = self._new_worker()
+        self._workers[self._workers.index(worker)] = fresh
+        return fresh
+
+    def _give_up(
+        self, running: Mapping[Any, Job], waiting: Sequence[Job], timeout: float | None
+    ) -> Iterator[Message]:
+        """Error replies for everyone who is not done in time."""
+        for job in running.values():
+            self._replace(job.worker)
+        for job in [*running.values(), *waiting]:
+            yield failed(job.message, f"no reply within {timeout:g} s")
+
+    def _check_room(self) -> None:
+        """Make sure that every worker fits, rather than wait for ever for one that cannot."""
+        count, have = len(self._workers), ray.cluster_resources()
+        for key, each in (("CPU", self._launch.threads), ("GPU", self._launch.num_gpus)):
+            if each * count > have.get(key, 0.0):
+                self.close()
+                raise ConfigError(
+                    f"launch.workers: found {count} workers of {each:g} {key} each, allowed: what "
+                    f"the cluster has, {have.get(key, 0.0):g} {key}"
+                )
+
+
+def start_ray(launch: LaunchConfig, workers: int) -> bool:
+    """Start Ray here, or join ``launch.address``; whether it was started here.
+
+    Raises:
+        ConfigError: there is no cluster at the address.
+    """
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {  # Any: keyword arguments of several types
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if launch.address:
+        quiet["address"] = launch.address
+    else:
+        quiet["num_cpus"] = workers * launch.threads
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(**quiet)
+    except (ConnectionError, ValueError) as error:
+        if launch.address:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"launch.address: cannot join {launch.address!r}: {reason}") from None
+        raise FedloraError(f"Ray cannot start: {error}") from error
+    return not launch.address

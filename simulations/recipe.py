@@ -1,0 +1,180 @@
+"""Recipes: TOML files that say what to run, and how they become one ``RunConfig``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, choose, unknown
+from fedlora.options import checked_options, read
+from strategies import METHODS, LoraStrategy
+
+Table = dict[str, Any]  # Any: TOML values of several kinds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as written.
+
+    Attributes:
+        name: of the file, without its ending.
+        question: its first comment line, what the run answers.
+        table: its keys; ``compare`` and ``methods`` are read here, the rest is a ``RunConfig``.
+    """
+
+    name: str
+    question: str
+    table: Table
+
+    @property
+    def compare(self) -> tuple[str, ...]:
+        """The methods that ``fedlora compare`` runs by default.
+
+        Raises:
+            ConfigError: ``compare`` is not a list of names.
+        """
+        names = self.table.get("compare", list(METHODS))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"compare: found {names!r}, allowed: a list of method names")
+        return tuple(names)
+
+    def resolve(self, method: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+        """The run for one method: the recipe, then ``[methods.NAME]``, then the overrides.
+
+        Args:
+            method: an entry of ``METHODS``; None takes the recipe's or the override's.
+            overrides: ``KEY=VALUE`` with dotted keys and TOML values; bare words are strings.
+
+        Raises:
+            ConfigError: the first thing in it that is wrong.
+        """
+        table = copy.deepcopy(self.table)
+        table.pop("compare", None)
+        special = table.pop("methods", {})
+        if not isinstance(special, dict):
+            raise ConfigError(f"methods: found {special!r}, allowed: tables [methods.NAME]")
+        for name in special:
+            choose(METHODS, name, "methods")
+        asked: Table = {"name": self.name}
+        for override in overrides:
+            _set(asked, override)
+        if method is not None:
+            asked["method"] = method
+        chosen = asked.get("method", table.get("method", "fedavg"))
+        if isinstance(chosen, str):
+            _merge(table, special.get(chosen, {}))
+        _merge(table, asked)
+        config: RunConfig = read(RunConfig, table, "")
+        method_options(config)
+        _check_numbers(config)
+        return config
+
+
+def built_in() -> dict[str, str]:
+    """Built-in recipes and the questions they answer."""
+    folder = resources.files("simulations") / "recipes"
+    names = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if ".toml" in f.name)
+    return {name: load(name).question for name in names}
+
+
+def load(name_or_path: str) -> Recipe:
+    """A built-in recipe by name, or a TOML file by path.
+
+    Raises:
+        ConfigError: there is no such recipe, or it is not TOML (line and column given).
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"recipe: found no file {name_or_path!r}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {name_or_path}: cannot be read: {error}") from None
+    else:
+        folder = resources.files("simulations") / "recipes"
+        names = [f.name.removesuffix(".toml") for f in folder.iterdir() if ".toml" in f.name]
+        if name_or_path not in names:
+            raise unknown("recipe", name_or_path, [*names, "a path to a .toml file"])
+        text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name_or_path}: not valid TOML: {error}") from None
+    first = text.splitlines()[0] if text else ""
+    return Recipe(path.stem, first.removeprefix("#").strip() if first[:1] == "#" else "", table)
+
+
+def from_run_config(run_config: Mapping[str, object]) -> RunConfig:
+    """The run that a Flower app's run config describes.
+
+    ``config`` holds a whole ``RunConfig`` as JSON; otherwise ``recipe`` names a recipe and
+    ``overrides`` holds ``KEY=VALUE`` pairs separated by spaces, as on the command line.
+    """
+    if isinstance(text := run_config.get("config"), str) and text:
+        return RunConfig.model_validate(json.loads(text))
+    overrides = str(run_config.get("overrides", "")).split()
+    return load(str(run_config.get("recipe", "tiny"))).resolve(None, overrides)
+
+
+def method_options(config: RunConfig) -> Table:
+    """The options of the run's method, checked against its fields.
+
+    Raises:
+        ConfigError: an unknown method or option, or a value out of range.
+    """
+    kind = choose(METHODS, config.method, "method")
+    shared = {field.name for field in fields(LoraStrategy)}
+    own = [field.name for field in fields(kind) if field.name not in shared]
+    for name in config.options:
+        if name not in own:
+            raise unknown(f"unknown key in options of method {config.method!r}", name, own)
+    return checked_options(kind, config.options, "options")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    """Refuse to ask for more clients than there are."""
+    clients = config.clients
+    if clients.min_train_nodes > clients.number:
+        raise ConfigError(
+            f"clients.min_train_nodes: found {clients.min_train_nodes}, allowed: at most "
+            f"{clients.number}, the number of clients (clients.number)"
+        )
+
+
+def _set(table: Table, override: str) -> None:
+    """Put one ``KEY=VALUE`` into a table."""
+    key, equals, value = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set: found {override!r}, allowed: KEY=VALUE, e.g. train.steps=5")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for step in path[:-1]:
+        table = table.setdefault(step, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set: found {override!r}, and {step!r} is not a table")
+    table[path[-1]] = parsed
+
+
+def _merge(table: Table, over: Table, chooser: str = "method") -> None:
+    """Lay one table over another, table by table.
+
+    Another choice (of ``method``, or of a table's ``name``) drops the options of the one before.
+    """
+    if over.get(chooser, table.get(chooser)) != table.get(chooser):
+        table.pop("options", None)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value, "name")
+        else:
+            table[key] = copy.deepcopy(value)

@@ -1,0 +1,118 @@
+"""The Flower ``ServerApp``: one run from its recipe to its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from clients.resident import Resident, resident
+from fedlora.config import ClientConfig, RunConfig
+from fedlora.rounds import RoundRecord
+from simulations import recipe
+from simulations.figures import curves
+from simulations.progress import Progress
+from simulations.results import RunFolder, default_folder
+from simulations.run_folders import read_run
+from strategies import METHODS, LoraStrategy
+
+EVALUATORS = 16  # clients that share the measuring of a round
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what the run config describes; see ``recipe.from_run_config``.
+
+    ``folder`` in the run config says where results go; empty takes the default.
+    """
+    config = recipe.from_run_config(context.run_config)
+    folder = str(context.run_config.get("folder", ""))
+    serve(config, grid, Path(folder) if folder else default_folder(config.name))
+
+
+def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
+    """Run the federation on a grid and leave its results in ``folder``."""
+    progress: Progress = getattr(grid, "progress", Progress())
+    results = RunFolder(folder, config)
+    progress.saving_to(folder)
+    with threads(config.launch.threads):
+        here = resident(server_view(config))
+        progress.run_started(f"{config.method}, seed {config.seed}", config.rounds)
+
+        def on_round(record: RoundRecord, arrays: ArrayRecord) -> None:
+            results.add(record)
+            progress.round_done(record)
+
+        client_config = ConfigRecord(
+            {"fedlora": config.client().model_dump_json(), "base": here.fingerprint}
+        )
+        result = strategy_for(config, here).start(
+            grid,
+            ArrayRecord(dict(here.first)),
+            num_rounds=config.rounds,
+            timeout=config.clients.timeout,
+            train_config=client_config,
+            evaluate_config=client_config,
+            evaluate_first=True,
+            on_round=on_round,
+        )
+        here.load(result.arrays.to_torch_state_dict())
+        here.model.save(folder / "adapter")
+    results.finish(
+        {
+            "task": config.task.name,
+            "model": config.model.name,
+            "base_fingerprint": here.fingerprint,
+            "trained_numbers": sum(value.numel() for value in here.first.values()),
+            "learning_rate": config.train.learning_rate,
+        }
+    )
+    curves([read_run(folder)], folder / "curves.png")
+    progress.run_done()
+
+
+def strategy_for(config: RunConfig, here: Resident) -> LoraStrategy:
+    """The run's method, with Flower's options as the recipe gives them."""
+    kind = METHODS[config.method]
+    options = recipe.method_options(config)
+    if "send_frozen" in {field.name for field in fields(kind)}:
+        options.setdefault("send_frozen", False)  # our clients draw it from the seed
+    number = config.clients.number
+    evaluators = min(number, EVALUATORS)
+    return kind(
+        **options,
+        seed=config.seed,
+        fraction_train=config.clients.fraction_train,
+        min_train_nodes=config.clients.min_train_nodes,
+        fraction_evaluate=evaluators / (number + 1),
+        min_evaluate_nodes=evaluators,
+        min_available_nodes=number,
+        settle=0.0,
+        scales=here.model.scales(),
+    )
+
+
+def server_view(config: RunConfig) -> ClientConfig:
+    """The configuration under which the server holds the model: on the CPU beside Ray workers."""
+    client = config.client()
+    if config.launch.backend == "inprocess":
+        return client
+    return client.model_copy(update={"device": "cpu"})
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch use so many threads, since the order of sums may depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

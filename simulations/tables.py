@@ -1,0 +1,169 @@
+"""Rows of numbers as a terminal table, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedlora.errors import ConfigError
+from simulations.figures import curves
+from simulations.report import Row, Stat, rows
+from simulations.run_folders import Run
+
+BLANK = "–"  # noqa: RUF001 (an en dash stands for what was not measured)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: its heading, its key in CSV, and where its number comes from."""
+
+    heading: str
+    key: str
+    read: Callable[[Row], Stat | None]
+    digits: str = ".3f"
+    unit: float = 1.0
+
+    def cell(self, row: Row) -> str:
+        """The number as people read it: mean, and spread unless it is 0."""
+        stat = self.read(row)
+        if stat is None:
+            return BLANK
+        text = format(stat.mean / self.unit, self.digits)
+        if not stat.deviation:
+            return text
+        return f"{text} ± {format(stat.deviation / self.unit, self.digits)}"
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that these rows fill: accuracy by group, or perplexity for language."""
+    chosen: list[Column] = []
+    if any(row.mean is not None for row in rows):
+        for group in dict.fromkeys(group for row in rows for group in row.groups):
+            chosen.append(Column(group, f"accuracy:{group}", _group_reader(group)))
+        chosen += [
+            Column("mean", "mean", lambda row: row.mean),
+            Column("worst", "worst", lambda row: row.worst),
+            Column("mean at round 0", "before", lambda row: None if row.perplexity else row.before),
+        ]
+    if any(row.perplexity is not None for row in rows):
+        chosen += [
+            Column("perplexity", "perplexity", lambda row: row.perplexity),
+            Column(
+                "perplexity at round 0",
+                "perplexity_before",
+                lambda row: row.before if row.perplexity else None,
+            ),
+        ]
+    return [
+        *chosen,
+        Column("loss", "loss", lambda row: row.loss),
+        Column("aggregation error", "aggregation_error", lambda row: row.aggregation_error, ".2g"),
+        Column("MB up", "bytes_up", lambda row: row.bytes_up, ".2f", 1e6),
+        Column("MB down", "bytes_down", lambda row: row.bytes_down, ".2f", 1e6),
+        Column("seconds", "seconds", lambda row: row.seconds, ".1f"),
+    ]
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """A heading line, then one line for each row, as text."""
+    chosen = columns(rows)
+    lines = [["method", "learning rate", "seeds", *(column.heading for column in chosen)]]
+    for row in rows:
+        rate = BLANK if row.learning_rate is None else f"{row.learning_rate:g}"
+        seeds = ", ".join(map(str, row.seeds))
+        lines.append([row.method, rate, seeds, *(column.cell(row) for column in chosen)])
+    return lines
+
+
+def print_table(rows: Sequence[Row], console: Console) -> None:
+    """Print the rows, on their side (methods across) where the terminal is too narrow."""
+    lines = cells(rows)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    if sum(widths) + 3 * len(widths) + 1 > console.width:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    table = Table()
+    for place, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
+    for line in lines[1:]:
+        table.add_row(*line)
+    console.print(table, markup=False, highlight=False)
+    for note in notes(rows):
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """The notes of all rows, and what a spread means where one is shown."""
+    found = [note for row in rows for note in row.notes]
+    if any(len(row.seeds) > 1 for row in rows):
+        found.append("± is the standard deviation over the seeds (n - 1).")
+    return found
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table, one line for each row, with the notes under it."""
+    heading, *lines = cells(rows)
+    table = [heading, ["---", *["---:"] * (len(heading) - 1)], *lines]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in table)
+    return "\n".join([text, *(f"\n{note}" for note in notes(rows))]) + "\n"
+
+
+def comma_separated(rows: Sequence[Row]) -> str:
+    """CSV with unrounded numbers and bytes; ``_sd`` columns hold the spread over seeds."""
+    chosen = columns(rows)
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    names = [name for column in chosen for name in (column.key, f"{column.key}_sd")]
+    writer.writerow(["method", "learning_rate", "seeds", *names])
+    for row in rows:
+        stats = [column.read(row) for column in chosen]
+        pairs = [(stat.mean, stat.deviation) if stat else (None, None) for stat in stats]
+        numbers = [number for pair in pairs for number in pair]
+        writer.writerow([row.method, row.learning_rate, " ".join(map(str, row.seeds)), *numbers])
+    return target.getvalue()
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:  # Any: JSON values of several kinds
+    """The rows as plain JSON; numbers that are not finite become words such as ``inf``."""
+    return [{key: _plain(value) for key, value in asdict(row).items()} for row in rows]
+
+
+def write(runs: Sequence[Run], folder: Path) -> tuple[Path, Path, Path]:
+    """Write ``table.md``, ``table.csv`` and ``curves.png`` into a folder; return their paths.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    found = rows(runs)
+    paths = (folder / "table.md", folder / "table.csv", folder / "curves.png")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(markdown(found), encoding="utf-8")
+        paths[1].write_text(comma_separated(found), encoding="utf-8")
+        curves(runs, paths[2])
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write the report ({error.strerror})") from None
+    return paths
+
+
+def _group_reader(group: str) -> Callable[[Row], Stat | None]:
+    """Reads one group's accuracy."""
+    return lambda row: row.groups.get(group)
+
+
+def _plain(value: Any) -> Any:  # Any: JSON in, JSON out
+    """The value with no number in it that JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,51 @@
+"""FFA-LoRA: freeze A, federate B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.errors import ConfigError
+from fedlora.lowrank import mean_adapter
+from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from strategies.base import LoraStrategy
+
+
+@dataclass(kw_only=True)
+class FfaLora(LoraStrategy):
+    """FFA-LoRA: A is one shared random draw that never changes, B is averaged; exact.
+
+    Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024,
+    arXiv 2403.12313.
+
+        B = sum_k p_k B_k,   A = A_0,   so  sum_k p_k B_k A_0 = B A_0
+
+    Up travel r d_out numbers per layer and client. Down travels the same when clients draw A_0
+    from the run's seed, as Fedlora's do; stock PEFT clients cannot, so by default A_0 goes down
+    with B in every round. A client whose A_0 came back changed is refused.
+
+    Attributes:
+        send_frozen: whether A_0 travels to clients. Without it they must hold the same draw, which
+            they check by its fingerprint.
+    """
+
+    send_frozen: bool = True
+
+    def plan(self, server_round: int) -> LocalPlan:
+        """Only B trains."""
+        return LocalPlan(train=("B",), send=("A", "B") if self.send_frozen else ("B",))
+
+    def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
+        """The mean of B and of the heads by examples; A stays.
+
+        Raises:
+            ConfigError: the adapter has no factor pairs, so there is no A to freeze.
+        """
+        if not state.adapter.pairs:
+            raise ConfigError("method 'ffa_lora' freezes A, and this adapter has no A and B")
+        mean = mean_adapter([update.adapter for update in updates], shares(updates))
+        pairs = {
+            name: type(pair)(state.adapter.pairs[name].A, pair.B, pair.scale)
+            for name, pair in mean.pairs.items()
+        }
+        return GlobalState(type(mean)(pairs, mean.vectors), state.round + 1)

@@ -1,0 +1,55 @@
+"""What is noted down while a round runs, and the record made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import MetricRecord
+
+from fedlora.rounds import Failure, RoundRecord
+from strategies.replies import group_accuracy
+
+
+@dataclass
+class Trace:
+    """One round's notes: who was asked, what was sent, what went wrong."""
+
+    asked: Mapping[int, int] = field(default_factory=dict)
+    clients: tuple[int, ...] = ()
+    bytes_up: int = 0
+    bytes_down: int = 0
+    aggregation_error: float | None = None
+    failures: list[Failure] = field(default_factory=list)
+
+    def record(
+        self,
+        server_round: int,
+        trained: MetricRecord | None,
+        measured: MetricRecord | None,
+        seconds: float,
+    ) -> RoundRecord:
+        """The round as one line of ``rounds.jsonl``."""
+        train, measure = _scalars(trained), _scalars(measured)
+        loss = measure.get("loss")
+        return RoundRecord(
+            round=server_round,
+            merged=bool(self.clients),
+            train_loss=train.get("train_loss"),
+            loss=loss,
+            accuracy=measure.get("accuracy"),
+            perplexity=math.exp(loss) if loss is not None and "language" in measure else None,
+            groups=group_accuracy(measure),
+            aggregation_error=self.aggregation_error,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            seconds=seconds,
+            clients=self.clients,
+            failures=tuple(self.failures),
+        )
+
+
+def _scalars(record: MetricRecord | None) -> dict[str, float]:
+    """The scalar metrics of a record, or none."""
+    return {k: float(v) for k, v in (record or {}).items() if not isinstance(v, list)}

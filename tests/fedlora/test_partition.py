@@ -1,0 +1,163 @@
+"""Dealing examples to clients."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+
+from fedlora.config import ClientsConfig
+from fedlora.errors import ConfigError
+from fedlora.partition import SkewRow, partition, skew
+from fedlora.tasks.task import Examples, Task
+
+CLASSES = 4
+GROUPS = 3
+SOURCES = 12
+
+
+def examples(rows: int, seed: int) -> Examples:
+    """Random labels, groups and sources; source ``s`` appears at least ``s + 1`` times."""
+    generator = numpy.random.default_rng(seed)
+    sources = numpy.repeat(numpy.arange(SOURCES), numpy.arange(SOURCES) + 1)
+    sources = numpy.concatenate([sources, numpy.full(rows - len(sources), SOURCES - 1)])
+    return Examples(
+        labels=generator.integers(CLASSES, size=rows),
+        groups=generator.integers(GROUPS, size=rows),
+        natural=tuple(f"source {source:02d}" for source in sources),
+        texts=tuple(f"text {row}" for row in range(rows)),
+    )
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """A made-up task of 600 rows."""
+    return Task(
+        name="made_up",
+        objective="classify",
+        label_names=tuple("abcd"),
+        group_names=("red", "green", "blue"),
+        train=examples(600, 0),
+        validation=examples(100, 1),
+        test=examples(100, 2),
+    )
+
+
+SPLITS = [
+    ClientsConfig(split="group", number=GROUPS),
+    ClientsConfig(split="natural", number=SOURCES),
+    ClientsConfig(split="iid", number=7),
+    ClientsConfig(split="dirichlet", number=7, alpha=0.5),
+    ClientsConfig(split="pathological", number=7, classes=2),
+]
+
+
+@pytest.mark.parametrize("clients", SPLITS, ids=lambda clients: clients.split)
+def test_every_row_has_one_client(task: Task, clients: ClientsConfig) -> None:
+    parts = partition(task, clients, seed=3)
+    assert len(parts) == clients.number
+    assert all(part.dtype == numpy.int64 and (numpy.diff(part) > 0).all() for part in parts)
+    assert numpy.array_equal(numpy.sort(numpy.concatenate(parts)), numpy.arange(600))
+
+
+@pytest.mark.parametrize("clients", SPLITS, ids=lambda clients: clients.split)
+def test_the_seed_decides(task: Task, clients: ClientsConfig) -> None:
+    first, again, other = (partition(task, clients, seed) for seed in (3, 3, 4))
+    assert all(map(numpy.array_equal, first, again))
+    by_data = clients.split in ("group", "natural")  # nothing is drawn here
+    assert all(map(numpy.array_equal, first, other)) == by_data
+
+
+def test_group_gives_client_k_group_k(task: Task) -> None:
+    parts = partition(task, ClientsConfig(split="group", number=GROUPS), seed=0)
+    for client, part in enumerate(parts):
+        assert set(task.train.groups[part].tolist()) == {client}
+
+
+def test_group_needs_one_client_per_group(task: Task) -> None:
+    with pytest.raises(ConfigError) as caught:
+        partition(task, ClientsConfig(split="group", number=9), seed=0)
+    assert str(caught.value) == (
+        "clients.number: found 9, allowed: 3, one per group of 'made_up' (red, green, blue)"
+    )
+
+
+def test_natural_clients_are_whole_sources_in_order(task: Task) -> None:
+    parts = partition(task, ClientsConfig(split="natural", number=5), seed=0)
+    names = [{task.train.natural[row] for row in part} for part in parts]
+    assert all(len(name) == 1 for name in names)
+    order = [name.pop() for name in names]
+    assert order == sorted(order)
+    counts = [task.train.natural.count(name) for name in order]
+    assert counts == [len(part) for part in parts]
+    other = partition(task, ClientsConfig(split="natural", number=5), seed=1)
+    assert [part.tolist() for part in parts] != [part.tolist() for part in other]
+
+
+def test_natural_takes_sources_that_are_large_enough(task: Task) -> None:
+    clients = ClientsConfig(split="natural", number=4, min_examples=9)
+    parts = partition(task, clients, seed=0)
+    assert [len(part) >= 9 for part in parts] == [True] * 4
+    with pytest.raises(ConfigError, match="found 5, allowed: at most 4, the natural sources"):
+        partition(task, clients.model_copy(update={"number": 5}), seed=0)
+
+
+def test_dirichlet_skews_labels_more_for_a_smaller_alpha(task: Task) -> None:
+    def spread(alpha: float) -> float:
+        clients = ClientsConfig(split="dirichlet", number=5, alpha=alpha)
+        rows = skew(task, partition(task, clients, seed=0))
+        return float(numpy.mean([max(row.labels.values()) / row.examples for row in rows]))
+
+    assert spread(0.2) > spread(100.0) + 0.1
+
+
+def test_dirichlet_that_gives_up_says_what_to_change(
+    task: Task, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clients = ClientsConfig(split="dirichlet", number=30, alpha=0.05, min_examples=10)
+    with pytest.raises(ConfigError, match=r"clients\.alpha: with alpha 0\.05.*raise") as caught:
+        partition(task, clients, seed=0)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_natural_split_prints_nothing(task: Task, capfd: pytest.CaptureFixture[str]) -> None:
+    partition(task, ClientsConfig(split="natural", number=5), seed=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_pathological_clients_have_their_number_of_classes(task: Task) -> None:
+    clients = ClientsConfig(split="pathological", number=6, classes=2)
+    rows = skew(task, partition(task, clients, seed=0))
+    assert all(sum(count > 0 for count in row.labels.values()) == 2 for row in rows)
+    with pytest.raises(ConfigError, match=r"clients\.classes: found 5, allowed: at most 4"):
+        partition(task, clients.model_copy(update={"classes": 5}), seed=0)
+
+
+def test_a_client_with_too_few_examples_is_named(task: Task) -> None:
+    with pytest.raises(ConfigError) as caught:
+        partition(task, ClientsConfig(split="iid", number=590, min_examples=2), seed=0)
+    assert "client(s) 10, 11, 12, 13, 14, 15, 16, 17 and 572 more" in str(caught.value)
+    assert "lower clients.min_examples" in str(caught.value)
+    empty = Task(
+        **{**vars(task), "train": task.train.take(numpy.flatnonzero(task.train.groups != 1))}
+    )
+    with pytest.raises(ConfigError, match=r"client\(s\) 1 would have fewer than 1"):
+        partition(empty, ClientsConfig(split="group", number=GROUPS), seed=0)
+
+
+def test_more_clients_than_examples(task: Task) -> None:
+    with pytest.raises(ConfigError, match=r"clients\.number: found 601, allowed: at most 600"):
+        partition(task, ClientsConfig(split="iid", number=601), seed=0)
+
+
+def test_skew_counts_labels_and_groups(task: Task) -> None:
+    table = skew(task, (numpy.flatnonzero(task.train.labels == 1), numpy.array([], dtype=int)))
+    reds, greens, blues = numpy.bincount(task.train.groups[task.train.labels == 1])
+    size = int((task.train.labels == 1).sum())
+    assert table[0] == SkewRow(
+        client=0,
+        examples=size,
+        labels={"a": 0, "b": size, "c": 0, "d": 0},
+        groups={"red": reds, "green": greens, "blue": blues},
+    )
+    assert table[1].examples == 0 and set(table[1].labels.values()) == {0}

@@ -1,0 +1,40 @@
+"""In process and on Ray, with one worker or two: the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulations import launch
+from simulations.progress import Progress
+from simulations.recipe import load
+
+pytestmark = pytest.mark.ray
+
+
+def bits(folder: Path) -> tuple[list[dict[str, object]], bytes]:
+    """Everything a run says but its times."""
+    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["seconds"]
+    return records, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the collector
+def test_in_process_and_ray_agree_bit_for_bit(tmp_path: Path) -> None:
+    methods = ["fedavg", "ffa_lora", "lora_fair"]
+    found = {}
+    for backend, workers in (("inprocess", 1), ("ray", 1), ("ray", 2)):
+        folder = launch.compare(
+            load("tiny"),
+            methods,
+            [0],
+            [f"launch.backend={backend}", f"launch.workers={workers}"],
+            tmp_path / f"{backend}{workers}",
+            Progress(),
+        )
+        found[backend, workers] = [bits(folder / f"{method}-seed0") for method in methods]
+    assert found["ray", 1] == found["inprocess", 1]
+    assert found["ray", 2] == found["inprocess", 1]

@@ -1,0 +1,149 @@
+"""The house: floors, doors, sizes, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("fedlora", "strategies", "clients", "simulations")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# Library: the places that may import it.
+DOORS = {
+    "transformers": ("fedlora/models/",),
+    "tokenizers": ("fedlora/models/",),
+    "peft": ("fedlora/adapters/",),
+    "opacus": ("clients/private.py", "fedlora/privacy.py"),
+    "ray": ("simulations/",),
+    "flwr": (
+        "fedlora/wire.py",
+        "strategies/base.py",
+        "strategies/replies.py",
+        "strategies/record.py",
+        "strategies/sampling.py",
+        "clients/client_app.py",
+        "simulations/",
+    ),
+    "flwr_datasets": ("fedlora/partition.py",),
+    "datasets": ("fedlora/partition.py", "fedlora/tasks/hub.py"),
+    "matplotlib": ("simulations/figures.py", "fedlora/digit_images.py"),
+    "pydantic": ("fedlora/options.py", "fedlora/config.py", "fedlora/adapters/", "fedlora/tasks/"),
+}
+MATHS = ("fedlora/lowrank.py", "strategies/cosine.py")
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_each_library_has_one_door() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {library}"
+        for path in FILES
+        for library in imports(path) & DOORS.keys()
+        if not str(path.relative_to(ROOT)).startswith(DOORS[library])
+    ]
+    assert not wrong
+
+
+def test_the_maths_sees_torch_alone() -> None:
+    for name in MATHS:
+        outside = imports(ROOT / name) - set(sys.stdlib_module_names) - set(PACKAGES)
+        assert outside == {"torch"}, name
+
+
+def test_floors_are_kept() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_relative_imports_and_no_drawers() -> None:
+    for path in FILES:
+        assert path.stem not in {"utils", "helpers", "common", "misc"}, path
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def test_files_and_functions_stay_small() -> None:
+    long_files = {
+        str(path.relative_to(ROOT)): lines
+        for path in FILES
+        if (lines := path.read_text(encoding="utf-8").count("\n")) > 300
+    }
+    assert not long_files
+    long_functions = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": size
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (size := (node.end_lineno or 0) - node.lineno + 1) > 80
+    }
+    assert not long_functions
+
+
+def test_top_level_is_as_planned() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if tracked.returncode:
+        pytest.skip("not a git checkout, so nothing says which files belong to the project")
+    tops = {name.split("/")[0] for name in tracked.stdout.split("\0") if name}
+    allowed = {*PACKAGES, "tests", "results", "pyproject.toml", "README.md", "LICENSE", "Makefile"}
+    allowed |= {"CHANGELOG.md", "CONTRIBUTING.md", "constraints.txt", ".ci", ".gitignore"}
+    assert tops <= allowed
+
+
+def test_the_wheel_holds_the_four_packages_and_their_data(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == set(PACKAGES)
+    for needed in (
+        "simulations/recipes/quickstart.toml",
+        "fedlora/tasks/tweets.jsonl",
+        "fedlora/mixer.json",
+    ):
+        assert needed in names
+
+
+def test_a_flower_bundle_takes_the_packages_alone() -> None:
+    from fnmatch import fnmatch
+
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = table["tool"]["flwr"]["app"]["fab-include"]
+    for path in [
+        *FILES,
+        ROOT / "simulations/recipes/tiny.toml",
+        ROOT / "fedlora/tasks/tweets.jsonl",
+    ]:
+        name = str(path.relative_to(ROOT))
+        assert any(fnmatch(name, pattern.replace("**/", "*")) for pattern in patterns), name
+    assert not any(fnmatch("tests/test_house.py", pattern) for pattern in patterns)

@@ -51,11 +51,12 @@ class Resident:
             self.task, config.clients, config.seed
         )
         base = load_model(config.model, len(self.task.label_names), self.task.objective)
+        base.encode(self.task.train.take(numpy.arange(1)))  # texts for texts, images for images
         self.fingerprint = fingerprint(base.module)
         self.model: AdaptedModel = attach(base, config.adapter, config.seed)
-        self.first: dict[str, Tensor] = {
-            key: parameter.detach().clone() for key, parameter in self.model.trained.items()
-        }
+        self.first: OrderedDict[str, Tensor] = OrderedDict(
+            (key, parameter.detach().clone()) for key, parameter in self.model.trained.items()
+        )
         self.model.module.to(device_for(config.device))
         self._data: OrderedDict[int, Rows] = OrderedDict()
         self._held_out: Rows | None = None

@@ -54,8 +54,9 @@ class GlobalState:
 
 def shares(updates: Sequence[ClientUpdate]) -> list[float]:
     """``p_k = n_k / sum_j n_j``."""
-    total = sum(update.examples for update in updates)
-    return [update.examples / total for update in updates]
+    largest = max(update.examples for update in updates)
+    parts = [update.examples / largest for update in updates]  # no sum of counts can overflow
+    return [part / sum(parts) for part in parts]
 
 
 @dataclass(frozen=True)

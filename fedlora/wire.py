@@ -8,12 +8,16 @@ float32 before any maths.
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.errors import WireError
@@ -73,6 +77,9 @@ class Layout:
                     f"layer {pair.format('*')!r}: A is {list(A)} and B is {list(B)}; a pair "
                     "needs A [r, d_in] and B [d_out, r] with one r"
                 )
+        for pair in scales or {}:
+            if pair not in found:
+                raise WireError(f"scales: found {pair!r}, which is no factor pair of this adapter")
         return Layout(fields, {pair: (scales or {}).get(pair, 1.0) for pair in found})
 
     def select(self, factors: Sequence[Factor]) -> tuple[Field, ...]:
@@ -138,8 +145,8 @@ def fingerprint(adapter: Adapter, factors: Sequence[Factor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(adapter.pairs):
         for factor in sorted(factors):
-            tensor = getattr(adapter.pairs[name], factor).float().contiguous()
-            digest.update(f"{name}{factor}{list(tensor.shape)}".encode())
+            tensor = getattr(adapter.pairs[name], factor).contiguous()
+            digest.update(f"{name}{factor}{tensor.dtype}{list(tensor.shape)}".encode())
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -147,7 +154,9 @@ def fingerprint(adapter: Adapter, factors: Sequence[Factor]) -> str:
 def size(arrays: ArrayRecord) -> int:
     """Bytes of all numbers in a record, as sent."""
     return sum(
-        torch.Size(array.shape).numel() * FLOATS.get(array.dtype, 0) for array in arrays.values()
+        min(math.prod(array.shape) * FLOATS.get(array.dtype, 0), len(array.data))
+        for array in arrays.values()
+        if min(array.shape, default=0) >= 0
     )
 
 
@@ -156,6 +165,11 @@ def _field(key: str, array: Array) -> Field:
     if array.dtype not in FLOATS:
         raise WireError(f"array {key!r} is {array.dtype}; allowed: {', '.join(FLOATS)}")
     match = FACTOR_KEY.match(key)
+    if match is None and re.search(r"lora_(embedding_)?[AB]\b", key):
+        raise WireError(
+            f"array {key!r} is a LoRA factor under a key that PEFT does not send; use "
+            "get_peft_model_state_dict(model), which leaves the adapter's name out"
+        )
     pair = f"{match['layer']}{{}}{match['end']}" if match else None
     factor: Factor | None = None if match is None else "A" if match["factor"] == "A" else "B"
     return Field(key, array.dtype, tuple(array.shape), pair, factor)
@@ -168,20 +182,36 @@ def _read(field: Field, array: Array) -> Tensor:
             f"array {field.key!r} is {array.dtype}{list(array.shape)}, "
             f"expected {field.dtype}{list(field.shape)}"
         )
-    if len(array.data) > field.bytes + 4096:
-        raise WireError(f"array {field.key!r} is {len(array.data)} bytes, expected {field.bytes}")
-    try:
-        values = array.numpy()
-    except (ValueError, TypeError, EOFError, SyntaxError) as error:
-        raise WireError(f"array {field.key!r} cannot be read: {error}") from None
-    if (str(values.dtype), values.shape) != (field.dtype, field.shape):
-        raise WireError(f"array {field.key!r} holds {values.dtype}{list(values.shape)} inside")
+    values = _numbers(field, array)
     tensor = torch.from_numpy(values.copy())
     if tensor.dtype == torch.float16:
         tensor = tensor.float()
     if not bool(torch.isfinite(tensor).all()):
         raise WireError(f"array {field.key!r} holds values that are not finite")
     return tensor
+
+
+def _numbers(field: Field, array: Array) -> NDArray[numpy.generic]:
+    """The numbers of an ``.npy`` text, whose own header is held to the field before any is read.
+
+    ``numpy.load`` would allocate what the header claims and also open archives.
+    """
+    stream = io.BytesIO(array.data)
+    try:
+        if array.stype != "numpy.ndarray" or numpy.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"it is not an .npy array of version 1.0 ({array.stype})")
+        shape, by_column, dtype = numpy.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # NumPy's header parser raises whatever its tokeniser does
+        raise WireError(f"array {field.key!r} cannot be read: {error}") from None
+    if (str(dtype), shape) != (field.dtype, field.shape):
+        raise WireError(f"array {field.key!r} holds {dtype}{list(shape)} inside")
+    if len(array.data) - stream.tell() != field.bytes:
+        raise WireError(
+            f"array {field.key!r} is {len(array.data) - stream.tell()} bytes, "
+            f"expected {field.bytes}"
+        )
+    values = numpy.frombuffer(array.data, dtype, offset=stream.tell())
+    return values.reshape(shape, order="F" if by_column else "C")
 
 
 def _value(adapter: Adapter, field: Field) -> Tensor:

@@ -68,6 +68,7 @@ class Recipe:
         if method is not None:
             asked["method"] = method
         chosen = asked.get("method", table.get("method", "fedavg"))
+        _merge(table, {"method": chosen})
         if isinstance(chosen, str):
             _merge(table, special.get(chosen, {}))
         _merge(table, asked)
@@ -171,7 +172,7 @@ def _merge(table: Table, over: Table, chooser: str = "method") -> None:
 
     Another choice (of ``method``, or of a table's ``name``) drops the options of the one before.
     """
-    if over.get(chooser, table.get(chooser)) != table.get(chooser):
+    if chooser in table and over.get(chooser, table[chooser]) != table[chooser]:
         table.pop("options", None)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(table.get(key), dict):

@@ -17,7 +17,7 @@ from fedlora.rounds import RoundRecord
 from simulations import recipe
 from simulations.figures import curves
 from simulations.progress import Progress
-from simulations.results import RunFolder, default_folder
+from simulations.results import RunFolder, claim, default_folder
 from simulations.run_folders import read_run
 from strategies import METHODS, LoraStrategy
 
@@ -40,10 +40,13 @@ def main(grid: Grid, context: Context) -> None:
 def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
     """Run the federation on a grid and leave its results in ``folder``."""
     progress: Progress = getattr(grid, "progress", Progress())
-    results = RunFolder(folder, config)
-    progress.saving_to(folder)
+    claim(folder)
     with threads(config.launch.threads):
         here = resident(server_view(config))
+        strategy, initial = strategy_for(config, here), ArrayRecord(here.first)
+        strategy.prepare(initial)  # so that a mistake is found before anything is written
+        results = RunFolder(folder, config)
+        progress.saving_to(folder)
         progress.run_started(f"{config.method}, seed {config.seed}", config.rounds)
 
         def on_round(record: RoundRecord, arrays: ArrayRecord) -> None:
@@ -53,9 +56,9 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
         client_config = ConfigRecord(
             {"fedlora": config.client().model_dump_json(), "base": here.fingerprint}
         )
-        result = strategy_for(config, here).start(
+        result = strategy.start(
             grid,
-            ArrayRecord(dict(here.first)),
+            initial,
             num_rounds=config.rounds,
             timeout=config.clients.timeout,
             train_config=client_config,

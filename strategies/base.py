@@ -14,7 +14,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedlora.errors import FedloraError, WireError
+from fedlora.errors import ConfigError, FedloraError, WireError
 from fedlora.lowrank import aggregation_error
 from fedlora.options import Count, CountOrZero, NonNegative, Share, checked_options
 from fedlora.rounds import (
@@ -29,7 +29,7 @@ from fedlora.rounds import (
 )
 from fedlora.wire import Layout, fingerprint, size
 from strategies.record import Trace
-from strategies.replies import as_update, collect, mean_metrics
+from strategies.replies import as_updates, collect, mean_metrics
 from strategies.sampling import draw, wait_for_nodes
 
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
@@ -68,6 +68,7 @@ class LoraStrategy(Strategy):
     _trace: Trace = field(default_factory=Trace, init=False, repr=False)
     _state: GlobalState | None = field(default=None, init=False, repr=False)
     _layout: Layout | None = field(default=None, init=False, repr=False)
+    _settled: bool = field(default=False, init=False, repr=False)
     _clients: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -92,6 +93,23 @@ class LoraStrategy(Strategy):
         shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.repr)
         log(INFO, "\t└──> %s(%s)", type(self).__name__, shown)
 
+    def prepare(self, arrays: ArrayRecord) -> Layout:
+        """The layout of these arrays; ``start`` calls it before anything is sent.
+
+        Raises:
+            WireError: arrays that cannot be averaged.
+            ConfigError: the rule freezes a factor, and the adapter has none.
+        """
+        if self._layout is None or set(arrays) != {f.key for f in self._layout.fields}:
+            self._layout = Layout.of(arrays, self.scales)
+        train = self.plan(1).train
+        if set(train) != set(FACTORS) and not self._layout.scales:
+            raise ConfigError(
+                f"method: {type(self).__name__} trains factor {' and '.join(train)} alone, and "
+                "this adapter has no factors A and B; allowed: adapter 'lora'"
+            )
+        return self._layout
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -99,16 +117,14 @@ class LoraStrategy(Strategy):
         if self.fraction_train == 0.0:
             return []
         nodes = self._draw(grid, server_round, self.fraction_train, self.min_train_nodes)
-        if self._layout is None or set(arrays) != {f.key for f in self._layout.fields}:
-            self._layout = Layout.of(arrays, self.scales)
-        self._state = GlobalState(self._layout.unpack(arrays), server_round - 1)
-        plan = self.plan(server_round)
+        layout, plan = self.prepare(arrays), self.plan(server_round)
+        self._state = GlobalState(layout.unpack(arrays), server_round - 1)
         record = ConfigRecord(dict(config))
         record["train"] = "".join(plan.train)
         kept: list[Factor] = [factor for factor in FACTORS if factor not in plan.send]
         record["kept"] = "".join(kept)
         record["kept-fingerprint"] = fingerprint(self._state.adapter, kept) if kept else ""
-        payload = self._layout.pack(self._state.adapter, plan.send)
+        payload = layout.pack(self._state.adapter, plan.send)
         self._trace.bytes_down += size(payload) * len(nodes)
         return self._messages("train", server_round, payload, record, nodes)
 
@@ -119,37 +135,32 @@ class LoraStrategy(Strategy):
         received, asked = list(replies), self._trace.asked
         if not received and not asked:
             return None, None
-        if self.fraction_train == 0.0:
-            return None, None
         if self._state is None or self._layout is None:
             raise FedloraError("aggregate_train was called before configure_train")
         found = collect(received, asked, "train", server_round, self.weighted_by_key)
         self._clients.update({reply.node: reply.client for reply in found.good})
         self._trace.bytes_up += found.bytes_up
         self._trace.failures += found.failures
-        plan, updates, good = self.plan(server_round), [], []
-        for reply in found.good:
-            try:
-                updates.append(as_update(reply, self._layout, plan, self._state.adapter))
-                good.append(reply)
-            except WireError as error:
-                self._trace.failures.append(Failure(reply.client, "train", str(error)))
+        updates, good, refused = as_updates(
+            found.good, self._layout, self.plan(server_round), self._state.adapter
+        )
+        self._trace.failures += refused
         if len(updates) < (needed := max(self.min_train_nodes, 1)):
-            reason = f"{len(updates)} good replies, {needed} needed (min_train_nodes)"
-            kept = f"{reason}: the adapter stays as it was"
-            self._trace.failures.append(Failure(None, "round", kept))
-            return None, None
+            return self._keep(f"{len(updates)} good replies, {needed} needed (min_train_nodes)")
         state = self.merge(self._state, updates)
+        merged = self._layout.pack(state.adapter)
+        try:
+            self._layout.unpack(merged)
+        except WireError as error:
+            return self._keep(f"what was merged is no adapter: {error}")
         self._trace.aggregation_error = aggregation_error(
             [update.adapter for update in updates], shares(updates), state.adapter
         )
         self._trace.clients = tuple(update.client for update in updates)
-        metrics = (
-            self.train_metrics_aggr_fn([r.content for r in good], self.weighted_by_key)
-            if self.train_metrics_aggr_fn
-            else mean_metrics(good)
-        )
-        return self._layout.pack(state.adapter), metrics
+        if self.train_metrics_aggr_fn:
+            contents = [reply.content for reply in good]
+            return merged, self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        return merged, mean_metrics(good)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -203,6 +214,8 @@ class LoraStrategy(Strategy):
         """
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
+        self._layout, self._clients = None, {}
+        self.prepare(initial_arrays)
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         for server_round in range(num_rounds + 1):
             started = time.monotonic()
@@ -231,6 +244,12 @@ class LoraStrategy(Strategy):
             if on_round:
                 on_round(record, arrays)
         return result
+
+    def _keep(self, reason: str) -> tuple[None, None]:
+        """Note why this round leaves the adapter as it was."""
+        note = Failure(None, "round", f"{reason}: the adapter stays as it was")
+        self._trace.failures.append(note)
+        return None, None
 
     def _messages(
         self,
@@ -261,7 +280,7 @@ class LoraStrategy(Strategy):
 
     def _draw(self, grid: Grid, server_round: int, fraction: float, least: int) -> list[int]:
         """Wait for the nodes, in the first round until no more come, then draw this round's."""
-        settle = self.settle if self._layout is None else 0.0
+        settle, self._settled = 0.0 if self._settled else self.settle, True
         needed = max(self.min_available_nodes, least)
         nodes = wait_for_nodes(grid, needed, settle, self.node_timeout)
         return draw(nodes, fraction, least, self.seed, server_round)

@@ -73,8 +73,8 @@ def descend(
     change = torch.zeros_like(target.B)
     if init == "xavier":
         torch.nn.init.xavier_uniform_(change, generator=generator)
-    elif not target.core.any():
-        return change
+    elif not target.core.any() or float(target.B.norm() * target.A.norm()) < EPS:
+        return change  # no mean product, or one without a direction to turn
     change.requires_grad_(True)
     for _ in range(steps):
         loss = 1 - similarity(target, change, cosine) + ridge * change.square().sum()

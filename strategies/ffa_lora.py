@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.errors import ConfigError
-from fedlora.lowrank import mean_adapter
+from fedlora.lowrank import Adapter, LoraPair, mean_adapter
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
 from strategies.base import LoraStrategy
 
@@ -36,16 +35,10 @@ class FfaLora(LoraStrategy):
         return LocalPlan(train=("B",), send=("A", "B") if self.send_frozen else ("B",))
 
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
-        """The mean of B and of the heads by examples; A stays.
-
-        Raises:
-            ConfigError: the adapter has no factor pairs, so there is no A to freeze.
-        """
-        if not state.adapter.pairs:
-            raise ConfigError("method 'ffa_lora' freezes A, and this adapter has no A and B")
+        """The mean of B and of the heads by examples; A stays."""
         mean = mean_adapter([update.adapter for update in updates], shares(updates))
         pairs = {
-            name: type(pair)(state.adapter.pairs[name].A, pair.B, pair.scale)
+            name: LoraPair(state.adapter.pairs[name].A, pair.B, pair.scale)
             for name, pair in mean.pairs.items()
         }
-        return GlobalState(type(mean)(pairs, mean.vectors), state.round + 1)
+        return GlobalState(Adapter(pairs, mean.vectors), state.round + 1)

@@ -88,23 +88,18 @@ class LoraFair(LoraStrategy):
 def ridge_correction(pairs: Sequence[LoraPair], weights: Sequence[float], ridge: float) -> Tensor:
     """``E A^T (A A^T + ridge I)^-1``, ``[d_out, r]`` in float64; ``E pinv(A)`` for ridge 0.
 
+    Through the SVD A = U diag(sigma) V^T as E V diag(sigma / (sigma^2 + ridge)) U^T, right for
+    any rank: directions below the rounding of the mean of the A_k are no part of A's row space.
     Costs O(K r^2 (d_out + d_in) + r^3).
     """
     A = weighted_mean([pair.A.double() for pair in pairs], weights)  # [r, d_in]
     B = weighted_mean([pair.B.double() for pair in pairs], weights)  # [d_out, r]
-    if ridge > 0:
-        right = A.T  # [d_in, r]
-    else:
-        U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
-        floor = max(A.shape) * torch.finfo(A.dtype).eps * sigma.max()
-        kept = sigma > floor
-        right = Vh[kept].T  # [d_in, rank]
-    ER = torch.zeros(B.shape[0], right.shape[1], dtype=torch.float64)
-    for p, pair in zip(weights, pairs, strict=True):  # E right, E centred: no cancellation
-        ER += p * (pair.B.double() - B) @ ((pair.A.double() - A) @ right)
-    if ridge > 0:
-        gram = A @ A.T + ridge * torch.eye(A.shape[0], dtype=torch.float64)
-        solved: Tensor = torch.linalg.solve(gram, ER.T).T
-        return solved
-    pseudo: Tensor = (ER / sigma[kept]) @ U[:, kept].T
-    return pseudo
+    U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
+    largest = max(float(pair.A.double().norm()) for pair in pairs)
+    kept = sigma > max(A.shape) * torch.finfo(A.dtype).eps * largest
+    U, sigma, V = U[:, kept], sigma[kept], Vh[kept].T  # V [d_in, rank]
+    EV = torch.zeros(B.shape[0], V.shape[1], dtype=torch.float64)
+    for p, pair in zip(weights, pairs, strict=True):  # E V, E centred: no cancellation
+        EV += p * (pair.B.double() - B) @ ((pair.A.double() - A) @ V)
+    change: Tensor = (EV * (sigma / (sigma**2 + ridge))) @ U.T
+    return change

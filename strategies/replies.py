@@ -50,10 +50,12 @@ def collect(
     failures: list[Failure] = []
     answered: set[int] = set()
     bytes_up = 0
-    for message in replies:
+    for message in sorted(replies, key=lambda message: message.metadata.src_node_id):
         node = message.metadata.src_node_id
         client = asked.get(node, node)
         try:
+            if node not in asked:
+                raise WireError("was not asked")
             if node in answered:
                 raise WireError("replied twice")
             answered.add(node)
@@ -71,23 +73,31 @@ def collect(
     return Collected(tuple(good[client] for client in sorted(good)), tuple(failures), bytes_up)
 
 
-def as_update(reply: Reply, layout: Layout, plan: LocalPlan, shared: Adapter) -> ClientUpdate:
-    """A training reply as the update a method merges.
+def as_updates(
+    replies: Sequence[Reply], layout: Layout, plan: LocalPlan, shared: Adapter
+) -> tuple[list[ClientUpdate], list[Reply], list[Failure]]:
+    """Training replies as the updates a method merges, the replies they came in, and the refused.
 
-    Raises:
-        WireError: anything about its arrays is not what this round asked for.
+    ``shared`` is the global adapter, from which factors that were not to be trained are filled in.
     """
-    records = list(reply.content.array_records.values())
-    if len(records) != 1:
-        raise WireError(f"sent {len(records)} array records, expected 1")
     frozen = None if set(plan.train) == set(FACTORS) else shared
-    adapter = layout.unpack(records[0], frozen)
-    layout.check_frozen(adapter, shared, plan.train)
-    return ClientUpdate(reply.client, adapter, reply.examples, reply.metrics)
+    updates, good, refused = [], [], []
+    for reply in replies:
+        try:
+            records = list(reply.content.array_records.values())
+            if len(records) != 1:
+                raise WireError(f"sent {len(records)} array records, expected 1")
+            adapter = layout.unpack(records[0], frozen)
+            layout.check_frozen(adapter, shared, plan.train)
+            updates.append(ClientUpdate(reply.client, adapter, reply.examples, reply.metrics))
+            good.append(reply)
+        except WireError as error:
+            refused.append(Failure(reply.client, "train", str(error)))
+    return updates, good, refused
 
 
 def mean_metrics(replies: Sequence[Reply]) -> MetricRecord:
-    """Scalar metrics averaged by examples, in client order.
+    """Scalar metrics averaged by examples, in client order; values that are no number are left out.
 
     A metric ``group.NAME.accuracy`` is averaged by ``group.NAME.examples``, which is summed.
     """
@@ -95,6 +105,8 @@ def mean_metrics(replies: Sequence[Reply]) -> MetricRecord:
     weights: dict[str, float] = {}
     for reply in replies:
         for key, value in reply.metrics.items():
+            if not math.isfinite(value):
+                continue
             if key.startswith("group.") and key.endswith(".examples"):
                 weight = 1.0
             else:

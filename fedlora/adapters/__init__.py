@@ -69,10 +69,11 @@ class AdaptedModel:
         changes = {}
         for name, layer in self.module.named_modules():
             if hasattr(layer, "get_delta_weight") and "default" in getattr(layer, "scaling", ()):
-                changes[name] = layer.get_delta_weight("default")
+                changes[name] = layer.get_delta_weight("default").detach()
             elif hasattr(layer, "miss_block") and "default" in layer.miss_block:
-                weight = layer.get_base_layer().weight
-                changes[name] = layer.get_delta_weight_miss("default", weight) - weight
+                weight = layer.get_base_layer().weight.detach()
+                changed = layer.get_delta_weight_miss("default", weight)
+                changes[name] = changed.detach() - weight
         return changes
 
     def scales(self) -> dict[str, float]:

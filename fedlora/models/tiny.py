@@ -52,6 +52,7 @@ def tiny_bert(label_count: int, objective: Objective, max_length: int) -> BaseMo
                 num_attention_heads=2,
                 intermediate_size=64,
                 max_position_embeddings=128,
+                initializer_range=0.2,  # at the usual 0.02, hardly any gradient reaches the layers
                 num_labels=label_count,  # type: ignore[call-arg]  # a field of the base
             )
         )

@@ -18,7 +18,7 @@ HIDE_CURSOR = "\x1b[?25l"
 def finished(number: int, **values: object) -> RoundRecord:
     """A merged round with plain numbers."""
     plain = {"merged": True, "loss": 0.5, "accuracy": 0.75, "seconds": 2.0}
-    return RoundRecord(number, **{**plain, **values})  # type: ignore[arg-type]  # test values
+    return RoundRecord(number, **{**plain, **values})  # test values
 
 
 def drive(progress: Progress) -> None:

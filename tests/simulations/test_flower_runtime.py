@@ -1,0 +1,73 @@
+"""The same app under Flower's own runtime: the command of the README, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from simulations import launch
+from simulations.progress import Progress
+from simulations.recipe import load
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.flower
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment with a Flower home and ports of its own; ends what was started in it."""
+    home = tmp_path / "flower"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    yield environment
+    for process in psutil.process_iter(["environ"]):
+        if (process.info["environ"] or {}).get("FLWR_HOME") == str(home):
+            process.send_signal(signal.SIGKILL)
+
+
+def test_the_readme_command_gives_the_same_rounds(tmp_path: Path, flower: dict[str, str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^flwr run .*?[^\\]\n(?=```)", text, flags=re.MULTILINE | re.DOTALL)
+    folder = tmp_path / "run"
+    words = shlex.split(command.replace("\\\n", " ").replace("/tmp/flower-run", str(folder)))
+    done = subprocess.run(words, cwd=ROOT, env=flower, capture_output=True, text=True, timeout=240)
+    assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
+
+    here = launch.run(load("tiny").resolve(None, ["rounds=2"]), tmp_path / "here", Progress())
+    seen, expected = (
+        [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+        for path in (folder, here)
+    )
+    for record in [*seen, *expected]:
+        del record["seconds"]
+    assert seen == expected
+    adapters = [
+        (path / "adapter/adapter_model.safetensors").read_bytes() for path in (folder, here)
+    ]
+    assert adapters[0] == adapters[1]

@@ -1,0 +1,93 @@
+"""Every command and every example in the documents runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("results/*/*.md"))]
+
+# Commands that something else runs, and what does.
+ELSEWHERE = {
+    "make demo": "the same comparison is the last step of .ci/run, with fewer rounds",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    "fedlora compare quickstart": ".ci/run, with fewer rounds",
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The fenced blocks of one language."""
+    text = document.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def console(document: Path) -> list[str]:
+    """The commands after a dollar sign."""
+    joined = "".join(blocks(document, "console")).replace("\\\n", " ")
+    return [line[2:].strip() for line in joined.splitlines() if line.startswith("$ ")]
+
+
+def test_console_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from simulations.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    commands = [command for document in DOCUMENTS for command in console(document)]
+    ours = [c for c in commands if not any(c.startswith(other) for other in ELSEWHERE)]
+    assert len(ours) >= 8
+    for command in ours:
+        program, *arguments = shlex.split(command)
+        assert program == "fedlora", command
+        assert main(arguments) == 0, (command, capsys.readouterr().err)
+
+
+def test_the_install_block_is_what_make_does() -> None:
+    (install,) = [block for block in blocks(ROOT / "README.md", "sh") if "venv" in block]
+    pip = install.splitlines()[-1].partition("install ")[2]
+    assert pip in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_readme_python_runs() -> None:
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_contributing_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora.adapters import ADAPTERS
+    from simulations import launch
+    from simulations.progress import Progress
+    from simulations.recipe import load
+    from strategies import METHODS
+
+    before = (set(METHODS), set(ADAPTERS))
+    try:
+        for number, block in enumerate(blocks(ROOT / "CONTRIBUTING.md", "python")):
+            module = types.ModuleType(f"contributing_{number}")
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            exec(compile(block, module.__name__, "exec"), module.__dict__)
+        config = load("tiny").resolve("shrunk", ["adapter.name=narrow", "options.factor=0.5"])
+        folder = launch.run(config, tmp_path / "run", Progress())
+        assert (folder / "summary.json").exists()
+    finally:
+        for table, names in ((METHODS, before[0]), (ADAPTERS, before[1])):
+            for name in set(table) - names:
+                del table[name]
+
+
+def test_what_documents_name_exists() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+        for path in re.findall(
+            r"`((?:fedlora|strategies|clients|simulations|tests)/[^`<*{ ]+)`", text
+        ):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"

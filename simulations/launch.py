@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when flwr is imported
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 from flwr.app import Context, RecordDict
 

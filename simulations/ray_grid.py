@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 import warnings
 from collections import deque
@@ -11,11 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
-
-# Read by Ray while it is imported, hence before it.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 import torch
@@ -85,7 +81,7 @@ class RayGrid(LocalGrid):
         super().__init__(clients, run_config, progress)
         self._app, self._launch = client_app, launch
         workers = launch.workers or max(1, (os.cpu_count() or 1) // launch.threads)
-        self._owns_ray = start_ray(launch, workers)
+        self._joined = join_ray(launch, workers)
         self._workers = deque(self._new_worker() for _ in range(workers))
         self._check_room()
 
@@ -126,11 +122,11 @@ class RayGrid(LocalGrid):
             raise
 
     def close(self) -> None:
-        """Stop the workers, and Ray if it was started here."""
+        """Stop the workers, and leave Ray, which ends it if it was started here."""
         for worker in self._workers:
             ray.kill(worker)
         self._workers.clear()
-        if self._owns_ray:
+        if self._joined:
             ray.shutdown()
 
     def _new_worker(self) -> Any:  # Any: see Job
@@ -168,8 +164,8 @@ class RayGrid(LocalGrid):
                 )
 
 
-def start_ray(launch: LaunchConfig, workers: int) -> bool:
-    """Start Ray here, or join ``launch.address``; whether it was started here.
+def join_ray(launch: LaunchConfig, workers: int) -> bool:
+    """Start Ray here, or join ``launch.address``; False if this process was in one already.
 
     Raises:
         ConfigError: there is no cluster at the address.
@@ -182,6 +178,7 @@ def start_ray(launch: LaunchConfig, workers: int) -> bool:
         "logging_level": logging.ERROR,
     }
     if launch.address:
+        _knock(launch.address)
         quiet["address"] = launch.address
     else:
         quiet["num_cpus"] = workers * launch.threads
@@ -194,4 +191,23 @@ def start_ray(launch: LaunchConfig, workers: int) -> bool:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"launch.address: cannot join {launch.address!r}: {reason}") from None
         raise FedloraError(f"Ray cannot start: {error}") from error
-    return not launch.address
+    return True
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds whether somebody listens; Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" and the like: Ray knows at once
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"launch.address: cannot join {address!r}: {reason}; allowed: the address that "
+            "'ray start --head' printed"
+        ) from None

@@ -113,7 +113,7 @@ def environment(config: RunConfig) -> dict[str, Any]:  # Any: JSON values of sev
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": _commit(),
         "command": _command(sys.argv),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import sys
@@ -47,6 +48,49 @@ def test_console_commands_run(
         program, *arguments = shlex.split(command)
         assert program == "fedlora", command
         assert main(arguments) == 0, (command, capsys.readouterr().err)
+
+
+def test_long_commands_would_run() -> None:
+    """Commands in `sh` blocks take minutes; their recipes and overrides must be right."""
+    from simulations.recipe import load
+
+    found = 0
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            words = shlex.split(block.replace("\\\n", " "))
+            if words[:2] != ["fedlora", "run"]:
+                continue
+            options = dict(zip(words[3::2], words[4::2], strict=True))
+            sets = [b for a, b in itertools.pairwise(words) if a == "--set"]
+            backend = f"launch.backend={options.get('--backend', 'ray')}"
+            load(words[2]).resolve(
+                options.get("--method"), [*sets, f"seed={options['--seed']}", backend]
+            )
+            found += 1
+    assert found
+
+
+def test_tables_are_as_measured() -> None:
+    """The quickstart's table in the documents is the committed one, turned on its side."""
+    results = ROOT / "results" / "quickstart"
+    lines = (results / "table.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    columns = zip(rows[0], *rows[2:], strict=True)
+    expected = ["| " + " | ".join(column) + " |" for column in columns]
+    for document in (ROOT / "README.md", results / "README.md"):
+        shown = document.read_text(encoding="utf-8").splitlines()
+        start = shown.index(expected[0])
+        assert [shown[start], *shown[start + 2 : start + 1 + len(expected)]] == expected
+
+
+def test_committed_records_give_the_committed_table(tmp_path: Path) -> None:
+    from simulations.run_folders import collect
+    from simulations.tables import write
+
+    results = ROOT / "results" / "quickstart"
+    markdown, csv, _ = write(collect([results]), tmp_path)
+    assert markdown.read_text() == (results / "table.md").read_text()
+    assert csv.read_text() == (results / "table.csv").read_text()
 
 
 def test_the_install_block_is_what_make_does() -> None:

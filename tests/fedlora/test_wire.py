@@ -312,3 +312,30 @@ def test_fingerprint_is_of_bits_names_and_shapes() -> None:
     assert len(distinct) == 6
     views = with_pairs(adapter, lambda ab: LoraPair(ab.A.T.contiguous().T, ab.B))
     assert fingerprint(views, ("A",)) == plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base_model.model.query.lora_A.default.weight",
+        "base_model.model.query.lora_B.default",
+        "base_model.model.embed.lora_embedding_A.default",
+    ],
+)
+def test_keys_with_the_adapters_name_in_them_are_refused(name: str) -> None:
+    """They match no pair, so the factors would be averaged as plain vectors."""
+    with pytest.raises(WireError, match="get_peft_model_state_dict"):
+        Layout.of(ArrayRecord({name: Array(numpy.zeros((2, 3), numpy.float32))}))
+
+
+def test_a_scale_for_no_layer_is_refused() -> None:
+    with pytest.raises(WireError, match="no factor pair"):
+        Layout.of(record_of(random_adapter(0)), {"query.lora_{}.weight": 2.0})
+
+
+def test_fingerprint_sees_the_last_bit_of_float64() -> None:
+    adapter = random_adapter(0, dtype=torch.float64)
+    nine = torch.tensor(9.0, dtype=torch.float64)
+    other = with_pairs(adapter, lambda ab: LoraPair(torch.nextafter(ab.A, nine), ab.B, ab.scale))
+    assert fingerprint(adapter, ["A"]) != fingerprint(other, ["A"])
+    assert fingerprint(adapter, ["B"]) == fingerprint(other, ["B"])

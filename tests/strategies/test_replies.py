@@ -13,6 +13,7 @@ from flwr.common.constant import ErrorCode
 
 from fedlora.lowrank import Adapter, LoraPair
 from strategies import METHODS
+from strategies.replies import Reply, mean_metrics
 from tests.helpers import (
     RANK,
     VECTORS,
@@ -249,3 +250,11 @@ def test_huge_but_finite_uploads_do_not_end_the_run(method: str) -> None:
         assert numpy.isfinite(array.numpy()).all()
     for record in done.records[1:]:
         assert record.merged or "not finite" in str(record.failures[-1].reason)
+
+
+def test_a_metric_that_is_no_number_does_not_spoil_the_mean() -> None:
+    found = [
+        Reply(node, node, RecordDict(), examples, {"train_loss": loss})
+        for node, examples, loss in ((0, 1.0, 4.0), (1, 100.0, float("nan")), (2, 3.0, 8.0))
+    ]
+    assert dict(mean_metrics(found)) == {"train_loss": 7.0}

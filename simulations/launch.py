@@ -11,6 +11,7 @@ from flwr.app import Context, RecordDict
 
 from clients.client_app import app as client_app
 from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
 from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, LocalGrid
 from simulations.progress import Progress
 from simulations.recipe import Recipe
@@ -27,6 +28,7 @@ def run(config: RunConfig, out: Path | None, progress: Progress) -> Path:
         FedloraError: the run cannot be carried out as written.
     """
     folder = out or default_folder(config.name)
+    claim(folder)
     with open_grid(config, progress) as grid:
         _serve(config, grid, folder)
     return folder
@@ -50,6 +52,12 @@ def compare(
         for method in methods:
             runs[f"{method}-seed{seed}"] = recipe.resolve(method, [*overrides, f"seed={seed}"])
     first = next(iter(runs.values()))
+    for name, config in runs.items():
+        if (config.launch, config.clients.number) != (first.launch, first.clients.number):
+            raise ConfigError(
+                f"methods: {name} wants another [launch] or clients.number than the first; "
+                "methods that are compared run on one pool of workers"
+            )
     folder = out or default_folder(f"{first.name}-compare")
     claim(folder)
     with open_grid(first, progress) as grid:

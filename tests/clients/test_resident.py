@@ -144,3 +144,17 @@ def test_no_such_client_and_no_such_device(here: Resident) -> None:
         with pytest.raises(ConfigError, match=r"launch\.device"):
             device_for("cuda")
     assert device_for("cpu").type == "cpu"
+
+
+def test_dropout_has_a_stream_for_each_client_and_round() -> None:
+    """One example each, so that batches are the same and only dropout can differ."""
+    alone = CONFIG.model_copy(update={"clients": ClientsConfig(number=200, split="iid")})
+    here = Resident(alone)
+    here.parts = [here.parts[0][:1]] * 2
+    config = TrainConfig(steps=1, optimizer="sgd", learning_rate=1.0)
+    found = []
+    for client, server_round in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        here.load(here.first)
+        found.append(here.train(client, server_round, config, ("A", "B")).loss)
+    assert found[0] == found[1]
+    assert len(set(found)) == 3

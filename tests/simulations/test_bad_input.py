@@ -159,3 +159,12 @@ def test_a_mistake_in_one_method_stops_a_comparison_before_it_starts(
     out = tmp_path / "out"
     line = fails(["compare", str(recipe), "--out", str(out)], capsys)
     assert "ridge" in line and not out.exists()
+
+
+def test_methods_that_want_other_pools_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('# why?\ntask.name = "tweets"\n[methods.lora_fair.clients]\nnumber = 3\n')
+    line = fails(["compare", str(recipe), "--out", str(tmp_path / "out")], capsys)
+    assert "lora_fair-seed0" in line and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 # make demo   sets up everything and runs the quickstart comparison on real data
 # make test   sets up everything and passes the tests
+# make test-slow  the tests that take minutes each
 # make lint   style, types and the floors of the house
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint setup data clean
+.PHONY: demo test test-slow lint setup data clean
 
 demo: setup
 	$(BIN)/fedlora fetch vader
@@ -16,6 +17,9 @@ demo: setup
 
 test: data
 	$(BIN)/python -m pytest $(TESTS)
+
+test-slow: data
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
+from clients.budget import Proposal, release_of, train_within_budget
 from clients.resident import Resident, resident
 from fedlora.config import ClientConfig
-from fedlora.errors import ConfigError, WireError
+from fedlora.errors import ConfigError, PrivacyError, WireError
 from fedlora.rounds import FACTORS, Factor
 from fedlora.wire import Layout, fingerprint
+
+UNRELATED = ("shard", "shards", "ledger")  # entries that do not bear on an update
 
 app = ClientApp()
 
@@ -24,8 +30,12 @@ def train(message: Message, context: Context) -> Message:
     client = _client(context, config)
     server_round = int(cast(int, ask["server-round"]))
     factors = _factors(ask, "train")
-    _load(here, message, ask)
-    done = here.train(client, server_round, config.train, factors)
+    tensors = _load(here, message, ask)
+    if config.privacy.unit == "none":
+        done = here.train(client, server_round, config.train, factors)
+    else:
+        proposal = _proposal(client, ask, tensors)
+        done = train_within_budget(here, client, server_round, config, factors, proposal)
     content = RecordDict(
         {
             "arrays": ArrayRecord(done.tensors),
@@ -83,7 +93,20 @@ def _prepare(ask: ConfigRecord) -> tuple[Resident, ClientConfig]:
     return here, config
 
 
-def _load(here: Resident, message: Message, ask: ConfigRecord) -> None:
+def _proposal(client: int, ask: ConfigRecord, tensors: Mapping[str, Tensor]) -> Proposal:
+    """What the message asks of a private client.
+
+    Raises:
+        PrivacyError: it names no noise for this client, or no ledger.
+    """
+    noise, ledger = ask.get("noise-multipliers"), ask.get("ledger")
+    if not isinstance(noise, list) or client >= len(noise) or not isinstance(ledger, str):
+        raise PrivacyError("the message asks for privacy, and names no noise or no ledger")
+    settings = {key: value for key, value in ask.items() if key not in UNRELATED}
+    return Proposal(float(noise[client]), Path(ledger), release_of(client, settings, tensors))
+
+
+def _load(here: Resident, message: Message, ask: ConfigRecord) -> dict[str, Tensor]:
     """Copy the message's arrays in, and check factors that did not travel."""
     tensors = cast(ArrayRecord, message.content["arrays"]).to_torch_state_dict()
     kept = _factors(ask, "kept")
@@ -96,6 +119,7 @@ def _load(here: Resident, message: Message, ask: ConfigRecord) -> None:
                 f"this client's draw of factor {''.join(kept)} is {mine!r} and the server's is "
                 f"{ask['kept-fingerprint']!r}; both must use one seed and one version of PEFT"
             )
+    return dict(tensors)
 
 
 def _client(context: Context, config: ClientConfig) -> int:

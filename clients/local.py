@@ -80,7 +80,7 @@ def train(
         FedloraError: the loss stopped being a finite number.
     """
     module.train()
-    optimizer = _optimizer(parameters, config)
+    optimizer = fresh_optimizer(parameters, config)
     device = parameters[0].device
     losses = []
     for picked in batches(len(rows), config, rng):
@@ -147,7 +147,9 @@ def _right(
     return hits.sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def fresh_optimizer(
+    parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
     """A fresh optimiser over what trains, and nothing else."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(

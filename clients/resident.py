@@ -10,20 +10,21 @@ from functools import lru_cache
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients.local import Measured, Rows, evaluate, train
 from fedlora.adapters import AdaptedModel, attach, load_into
-from fedlora.config import ClientConfig, TrainConfig
+from fedlora.config import ClientConfig, PrivacyConfig, TrainConfig
 from fedlora.errors import ConfigError
 from fedlora.models import fingerprint, load_model
 from fedlora.partition import partition
 from fedlora.rounds import Factor
-from fedlora.seeds import ambient, numpy_generator
+from fedlora.seeds import ambient, derive, numpy_generator
 from fedlora.tasks import load_task
 from fedlora.tasks.task import Examples, Task
 from fedlora.wire import FACTOR_KEY
 
+SETTINGS = {"train": TrainConfig(), "privacy": PrivacyConfig()}  # need no other resident
 KEPT_CLIENTS = 256  # encoded data sets kept in memory
 
 
@@ -82,13 +83,7 @@ class Resident:
         self, client: int, server_round: int, config: TrainConfig, factors: Sequence[Factor]
     ) -> Trained:
         """Train one client from what was loaded; only ``factors`` and vectors move."""
-        moving = {}
-        for key, parameter in self.model.trained.items():
-            moves = _factor(key) is None or _factor(key) in factors
-            parameter.requires_grad_(moves)
-            if moves:
-                moving[key] = parameter
-        rows = self.rows(client)
+        moving, rows = self.moving(factors), self.rows(client)
         stream = (self.config.seed, "client", client, "round", server_round)
         with ambient(*stream, "dropout"):
             loss = train(
@@ -99,8 +94,50 @@ class Resident:
                 config,
                 numpy_generator(*stream, "batches"),
             )
-        tensors = OrderedDict((k, p.detach().to("cpu", copy=True)) for k, p in moving.items())
-        return Trained(tensors, len(rows), loss)
+        return Trained(_copies(moving), len(rows), loss)
+
+    def train_privately(
+        self,
+        client: int,
+        server_round: int,
+        config: ClientConfig,
+        factors: Sequence[Factor],
+        noise_multiplier: float,
+        release: str,
+    ) -> Trained:
+        """As ``train``, by DP-SGD.
+
+        The noise has a stream of its own for each ``release``: the same noise under another
+        start would show the difference of the two updates.
+        """
+        from clients.private import train_privately  # Opacus takes seconds to import
+
+        moving, rows = self.moving(factors), self.rows(client)
+        stream = (self.config.seed, "client", client, "round", server_round)
+        noise = torch.Generator(device=next(iter(moving.values())).device)
+        with ambient(*stream, "dropout"):
+            done = train_privately(
+                self.model.module,
+                list(moving.values()),
+                rows,
+                self.task.objective,
+                config.train,
+                noise_multiplier=noise_multiplier,
+                clip=config.privacy.clip,
+                rng=numpy_generator(*stream, "poisson"),
+                noise_generator=noise.manual_seed(derive(*stream, "noise", release)),
+            )
+        return Trained(_copies(moving), len(rows), done.loss)
+
+    def moving(self, factors: Sequence[Factor]) -> dict[str, nn.Parameter]:
+        """What trains when only ``factors`` and vectors do; the rest is frozen from here on."""
+        moving = {}
+        for key, parameter in self.model.trained.items():
+            moves = _factor(key) is None or _factor(key) in factors
+            parameter.requires_grad_(moves)
+            if moves:
+                moving[key] = parameter
+        return moving
 
     def evaluate(self, shard: int, shards: int, config: TrainConfig) -> dict[str, Measured]:
         """Measure what was loaded on every ``shards``-th held-out row, group by group."""
@@ -143,13 +180,18 @@ class Resident:
 
 def resident(config: ClientConfig) -> Resident:
     """This process's resident for a configuration; training settings do not rebuild it."""
-    return _resident(config.model_copy(update={"train": TrainConfig()}).model_dump_json())
+    return _resident(config.model_copy(update=SETTINGS).model_dump_json())
 
 
 @lru_cache(maxsize=1)
 def _resident(config: str) -> Resident:
     """Build it, replacing the one before."""
     return Resident(ClientConfig.model_validate_json(config))
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> OrderedDict[str, Tensor]:
+    """Parameters as tensors on the CPU that nobody else changes."""
+    return OrderedDict((k, p.detach().to("cpu", copy=True)) for k, p in parameters.items())
 
 
 def device_for(name: str) -> torch.device:

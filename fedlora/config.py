@@ -117,6 +117,42 @@ class TrainConfig(Part):
         """Optimiser steps in a round for a client with so many examples."""
         return self.steps or self.epochs * math.ceil(examples / self.batch_size)
 
+    def sample_rate(self, examples: int) -> float:
+        """The chance q of each of so many examples to be in a private step's Poisson batch."""
+        return min(1.0, self.batch_size / examples)
+
+
+class PrivacyConfig(Part):
+    """Differential privacy of the clients' training, or none.
+
+    Attributes:
+        unit: what is protected: ``none``, or one ``example`` of a client (DP-SGD on clients).
+        epsilon: target at ``delta`` over all planned rounds, for each client; or
+        noise_multiplier: noise on the clipped sum over the clip, given instead.
+        delta: must be below 1 / n for every client.
+        clip: largest L2 norm of an example's gradient over all trained tensors together.
+        accountant: what the noise is calibrated with and the epsilon claimed by.
+        shared_noise: all clients use the largest multiplier that one of them needs.
+    """
+
+    unit: Literal["none", "example"] = "none"
+    epsilon: Positive | None = None
+    noise_multiplier: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    clip: Positive = 1.0
+    accountant: Literal["prv", "rdp", "pld"] = "prv"
+    shared_noise: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        given = (self.epsilon is not None) + (self.noise_multiplier is not None)
+        if given != (self.unit == "example"):
+            raise ValueError(
+                'unit = "example" with exactly one of epsilon and noise_multiplier, or '
+                'unit = "none" with neither'
+            )
+        return self
+
 
 class LaunchConfig(Part):
     """Where clients run. Nothing here changes a result, but for ``threads`` and ``device``.
@@ -147,6 +183,7 @@ class ClientConfig(Part):
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -170,6 +207,7 @@ class RunConfig(Part):
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     train: TrainConfig = TrainConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     launch: LaunchConfig = LaunchConfig()
 
     def client(self) -> ClientConfig:
@@ -181,5 +219,6 @@ class RunConfig(Part):
             model=self.model,
             adapter=self.adapter,
             train=self.train,
+            privacy=self.privacy,
             device=self.launch.device,
         )

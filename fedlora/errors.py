@@ -21,6 +21,10 @@ class WireError(FedloraError):
     """A record from the network that is not what this round asked for."""
 
 
+class PrivacyError(FedloraError):
+    """A privacy claim that cannot be kept."""
+
+
 def wrong(where: str, found: object, allowed: str) -> ConfigError:
     """A ``ConfigError`` saying where, what was found and what is allowed."""
     return ConfigError(f"{where}: found {found!r}, allowed: {allowed}")

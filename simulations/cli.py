@@ -190,6 +190,35 @@ def doctor(**given: Any) -> int:  # Any: as commands.doctor declares them
     return commands.doctor(**given)
 
 
+@fedlora.group(cls=Commands)
+def privacy() -> None:
+    """Plan differential privacy, or say what a private run promises."""
+
+
+@privacy.command()
+@click.argument("recipe")
+@click.option("--method", help="Instead of the recipe's method.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Draw epsilon over the rounds.")
+@settings
+@as_json
+def plan(**given: Any) -> None:  # Any: as privacy_commands.plan declares them
+    """Show each client's noise and what all rounds of RECIPE would cost it."""
+    from simulations import privacy_commands
+
+    privacy_commands.plan(**given)
+
+
+@privacy.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--figure", type=click.Path(path_type=Path), help="Instead of FOLDER/privacy.png.")
+@as_json
+def privacy_report(**given: Any) -> None:  # Any: as privacy_commands.report declares them
+    """State in words what the private run in FOLDER promises and what it spent."""
+    from simulations import privacy_commands
+
+    privacy_commands.report(**given)
+
+
 @fedlora.command()
 def version() -> None:
     """Print the version."""

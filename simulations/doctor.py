@@ -157,7 +157,7 @@ def gradient_error() -> float:
     import numpy
     import torch
 
-    from clients.private import per_example_gradient_error
+    from clients.self_test import per_example_gradient_error
     from fedlora.adapters import attach
     from fedlora.config import AdapterConfig, ModelConfig
     from fedlora.models import load_model

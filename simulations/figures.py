@@ -84,6 +84,25 @@ def skew(rows: Sequence[SkewRow], path: Path, title: str) -> None:
         figure.savefig(path, dpi=150)
 
 
+def spending(
+    lines: Mapping[str, Sequence[tuple[int, float]]], target: float | None, path: Path, title: str
+) -> None:
+    """Epsilon after each round, a line for each client, under the target if there is one."""
+    with rc_context(LOOKS):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for place, (name, points) in enumerate(lines.items()):
+            x, y = zip(*[(0, 0.0), *points], strict=True)
+            axes.plot(x, y, color=OKABE_ITO[place], marker=MARKERS[place], label=name)
+        if target is not None:
+            axes.axhline(target, color="#666666", linestyle="--", linewidth=1)
+            axes.annotate("target", (0, target), xytext=(2, 3), textcoords="offset points")
+        axes.set(title=title, xlabel="round", ylabel="epsilon", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.legend(frameon=False, loc="lower right")
+        figure.savefig(path, dpi=150)
+
+
 def _panel(
     axes: Axes,
     groups: Mapping[str, list[Run]],

@@ -35,7 +35,7 @@ class RunFolder:
         self.path, self.config = path, config
         self.records: list[RoundRecord] = []
         claim(path)
-        self._write("config.toml", tomli_w.dumps(config.model_dump(mode="json")))
+        self._write("config.toml", tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
         self._write("environment.json", json.dumps(environment(config), indent=2) + "\n")
 
     def add(self, record: RoundRecord) -> None:
@@ -69,6 +69,10 @@ class RunFolder:
             **extra,
         }
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def write(self, name: str, table: dict[str, Any]) -> None:  # Any: JSON values of several kinds
+        """Write one more file, as JSON."""
+        self._write(name, json.dumps(table, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         """Write one file whole or not at all."""

@@ -12,16 +12,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.resident import Resident, resident
+from fedlora.calibration import ClientPlan
 from fedlora.config import ClientConfig, RunConfig
+from fedlora.ledger import Ledger
 from fedlora.rounds import RoundRecord
 from simulations import recipe
 from simulations.figures import curves
 from simulations.progress import Progress
 from simulations.results import RunFolder, claim, default_folder
 from simulations.run_folders import read_run
+from simulations.statement import plan_run, statement
 from strategies import METHODS, LoraStrategy
 
 EVALUATORS = 16  # clients that share the measuring of a round
+PROMISE = ("unit", "relation", "epsilon", "delta", "planned", "accountant", "claim")
 
 app = ServerApp()
 
@@ -45,6 +49,7 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
         here = resident(server_view(config))
         strategy, initial = strategy_for(config, here), ArrayRecord(here.first)
         strategy.prepare(initial)  # so that a mistake is found before anything is written
+        planned = plan_privacy(config, here, strategy)
         results = RunFolder(folder, config)
         progress.saving_to(folder)
         progress.run_started(f"{config.method}, seed {config.seed}", config.rounds)
@@ -53,21 +58,26 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
             results.add(record)
             progress.round_done(record)
 
-        client_config = ConfigRecord(
-            {"fedlora": config.client().model_dump_json(), "base": here.fingerprint}
-        )
+        shared = {"fedlora": config.client().model_dump_json(), "base": here.fingerprint}
+        train_config, ledger = ConfigRecord({**shared}), Ledger((folder / "ledger").resolve())
+        if planned:
+            train_config["noise-multipliers"] = [client.noise_multiplier for client in planned]
+            train_config["ledger"] = str(ledger.folder)
         result = strategy.start(
             grid,
             initial,
             num_rounds=config.rounds,
             timeout=config.clients.timeout,
-            train_config=client_config,
-            evaluate_config=client_config,
+            train_config=train_config,
+            evaluate_config=ConfigRecord({**shared}),
             evaluate_first=True,
             on_round=on_round,
         )
         here.load(result.arrays.to_torch_state_dict())
         here.model.save(folder / "adapter")
+    private = statement(config, planned, ledger) if planned else {}
+    if private:
+        results.write("privacy.json", private)
     results.finish(
         {
             "task": config.task.name,
@@ -75,6 +85,7 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
             "base_fingerprint": here.fingerprint,
             "trained_numbers": sum(value.numel() for value in here.first.values()),
             "learning_rate": config.train.learning_rate,
+            **({"privacy": {key: private[key] for key in PROMISE}} if private else {}),
         }
     )
     curves([read_run(folder)], folder / "curves.png")
@@ -100,6 +111,21 @@ def strategy_for(config: RunConfig, here: Resident) -> LoraStrategy:
         settle=0.0,
         scales=here.model.scales(),
     )
+
+
+def plan_privacy(config: RunConfig, here: Resident, strategy: LoraStrategy) -> list[ClientPlan]:
+    """Every client's noise, after a look at whether the model can be trained privately at all.
+
+    Raises:
+        PrivacyError: it cannot, or the target cannot be had.
+    """
+    if config.privacy.unit == "none":
+        return []
+    from clients.private import check_supported  # Opacus takes seconds to import
+
+    moving = here.moving(strategy.plan(1).train)
+    check_supported(here.model.module, list(moving.values()))
+    return plan_run(config, [len(part) for part in here.parts])
 
 
 def server_view(config: RunConfig) -> ClientConfig:

@@ -20,7 +20,8 @@ DOORS = {
     "transformers": ("fedlora/models/",),
     "tokenizers": ("fedlora/models/",),
     "peft": ("fedlora/adapters/",),
-    "opacus": ("clients/private.py", "fedlora/privacy.py"),
+    "opacus": ("clients/private.py", "clients/self_test.py", "fedlora/privacy.py"),
+    "dp_accounting": ("fedlora/privacy.py",),
     "ray": ("simulations/",),
     "flwr": (
         "fedlora/wire.py",

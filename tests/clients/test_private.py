@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clients.private import Batch, per_example_gradient_error
+from clients.self_test import Batch, per_example_gradient_error
 
 
 class Hidden(nn.Module):

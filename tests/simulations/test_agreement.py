@@ -27,14 +27,29 @@ def test_in_process_and_ray_agree_bit_for_bit(tmp_path: Path) -> None:
     methods = ["fedavg", "ffa_lora", "lora_fair"]
     found = {}
     for backend, workers in (("inprocess", 1), ("ray", 1), ("ray", 2)):
-        folder = launch.compare(
-            load("tiny"),
-            methods,
-            [0],
-            [f"launch.backend={backend}", f"launch.workers={workers}"],
-            tmp_path / f"{backend}{workers}",
-            Progress(),
-        )
-        found[backend, workers] = [bits(folder / f"{method}-seed0") for method in methods]
+        found[backend, workers] = compared(tmp_path, methods, backend, workers)
     assert found["ray", 1] == found["inprocess", 1]
     assert found["ray", 2] == found["inprocess", 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Opacus on its generator and hooks
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_private_training_agrees_bit_for_bit_too(tmp_path: Path) -> None:
+    private = ["privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3"]
+    here = compared(tmp_path, ["lora_fair"], "inprocess", 1, *private)
+    assert compared(tmp_path, ["lora_fair"], "ray", 2, *private) == here
+
+
+def compared(
+    tmp_path: Path, methods: list[str], backend: str, workers: int, *overrides: str
+) -> list[tuple[list[dict[str, object]], bytes]]:
+    """The bits of each method's run of the tiny recipe."""
+    folder = launch.compare(
+        load("tiny"),
+        methods,
+        [0],
+        [f"launch.backend={backend}", f"launch.workers={workers}", *overrides],
+        tmp_path / f"{backend}{workers}",
+        Progress(),
+    )
+    return [bits(folder / f"{method}-seed0") for method in methods]

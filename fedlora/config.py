@@ -57,7 +57,8 @@ class ModelConfig(Part):
     """The frozen base model.
 
     Attributes:
-        name: an entry of ``MODELS``, a folder, or a name on the hub.
+        name: an entry of ``MODELS``, a folder, an installed package that carries a model, or a
+            name on the hub.
         max_length: tokens a text is cut to.
         options: the model's own options.
     """
@@ -159,9 +160,10 @@ class LaunchConfig(Part):
 
     Attributes:
         backend: ``inprocess`` (this process, for small things and debugging) or ``ray``.
-        workers: Ray workers; 0 takes one per CPU core divided by ``threads``.
+        workers: Ray workers; 0 takes as many as the cores hold.
         threads: torch threads per worker on CPU, and of the server; sums may depend on it.
         device: ``auto`` takes CUDA where there is one.
+        num_cpus: cores that each worker reserves; 0 takes ``threads``.
         num_gpus: share of a GPU that each worker reserves.
         address: of a running Ray cluster to join; empty starts one on this machine.
     """
@@ -170,8 +172,13 @@ class LaunchConfig(Part):
     workers: CountOrZero = 0
     threads: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_cpus: NonNegative = 0.0
     num_gpus: NonNegative = 0.0
     address: str = ""
+
+    def cpus(self) -> float:
+        """Cores that each worker reserves."""
+        return self.num_cpus or float(self.threads)
 
 
 class ClientConfig(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -80,7 +81,7 @@ class RayGrid(LocalGrid):
         """
         super().__init__(clients, run_config, progress)
         self._app, self._launch = client_app, launch
-        workers = launch.workers or max(1, (os.cpu_count() or 1) // launch.threads)
+        workers = launch.workers or max(1, int((os.cpu_count() or 1) / launch.cpus()))
         self._joined = join_ray(launch, workers)
         self._workers = deque(self._new_worker() for _ in range(workers))
         self._check_room()
@@ -132,7 +133,7 @@ class RayGrid(LocalGrid):
     def _new_worker(self) -> Any:  # Any: see Job
         """A fresh worker with the launch's resources."""
         kind: Any = ray.remote(Worker)
-        return kind.options(num_cpus=self._launch.threads, num_gpus=self._launch.num_gpus).remote(
+        return kind.options(num_cpus=self._launch.cpus(), num_gpus=self._launch.num_gpus).remote(
             self._app, self._launch.threads
         )
 
@@ -155,7 +156,7 @@ class RayGrid(LocalGrid):
     def _check_room(self) -> None:
         """Make sure that every worker fits, rather than wait for ever for one that cannot."""
         count, have = len(self._workers), ray.cluster_resources()
-        for key, each in (("CPU", self._launch.threads), ("GPU", self._launch.num_gpus)):
+        for key, each in (("CPU", self._launch.cpus()), ("GPU", self._launch.num_gpus)):
             if each * count > have.get(key, 0.0):
                 self.close()
                 raise ConfigError(
@@ -181,7 +182,7 @@ def join_ray(launch: LaunchConfig, workers: int) -> bool:
         _knock(launch.address)
         quiet["address"] = launch.address
     else:
-        quiet["num_cpus"] = workers * launch.threads
+        quiet["num_cpus"] = max(1, math.ceil(workers * launch.cpus()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

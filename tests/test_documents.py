@@ -100,8 +100,12 @@ def test_the_install_block_is_what_make_does() -> None:
 
 
 def test_readme_python_runs() -> None:
+    from flwr.serverapp import ServerApp
+
     for block in blocks(ROOT / "README.md", "python"):
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        names: dict[str, object] = {"__name__": "readme"}
+        exec(compile(block, "README.md", "exec"), names)
+        assert isinstance(names["app"], ServerApp)
 
 
 def test_contributing_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

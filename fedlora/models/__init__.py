@@ -1,6 +1,6 @@
 """Frozen base models: the door to transformers.
 
-``MODELS`` maps a name to a function; any other name is a folder or a name on the hub. A base
+``MODELS`` maps a name to a function; any other name is a folder, a package or a hub name. A base
 model is built the same way in every process: same weights, same head, same fingerprint.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from fedlora.config import ModelConfig
 from fedlora.errors import unknown
 from fedlora.models.base import BaseModel, Inputs
-from fedlora.models.pretrained import from_folder, minilm, mixer
+from fedlora.models.pretrained import from_folder, minilm, mixer, packaged
 from fedlora.models.tiny import tiny_bert, tiny_llama
 from fedlora.options import checked_options
 from fedlora.tasks.task import Objective
@@ -41,12 +41,15 @@ def load_model(config: ModelConfig, label_count: int, objective: Objective) -> B
         build = MODELS[config.name]
         options = checked_options(build, config.options, "model.options", leave_out=3)
         base = build(label_count, objective, config.max_length, **options)
-    elif "/" in config.name or Path(config.name).exists():
+    else:
+        known = "/" in config.name or Path(config.name).exists()
+        path = config.name if known else packaged(config.name)
+        if path is None:
+            others = ("a folder", "a package that carries a model", "a hub name owner/model")
+            raise unknown("model.name", config.name, [*MODELS, *others])
         if config.options:
             raise unknown("unknown key in model.options", next(iter(config.options)), ())
-        base = from_folder(config.name, label_count, objective, config.max_length)
-    else:
-        raise unknown("model.name", config.name, [*MODELS, "a folder", "a hub name owner/model"])
+        base = from_folder(path, label_count, objective, config.max_length)
     base.module.requires_grad_(False).eval()
     return base
 

@@ -39,6 +39,17 @@ def mixer(label_count: int, objective: Objective, max_length: int) -> BaseModel:
     return BaseModel(module, "classify", ("head",), None, encode_images)
 
 
+def packaged(name: str) -> str | None:
+    """The folder of the model that an installed package carries, without importing it."""
+    if not name.isidentifier() or (spec := importlib.util.find_spec(name)) is None:
+        return None
+    for place in spec.submodule_search_locations or ():
+        for found in sorted(Path(place).rglob("config.json")):
+            if (found.parent / "model.safetensors").exists():
+                return str(found.parent)
+    return None
+
+
 def from_folder(
     path: str,
     label_count: int,

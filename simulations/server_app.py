@@ -58,18 +58,14 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
             results.add(record)
             progress.round_done(record)
 
-        shared = {"fedlora": config.client().model_dump_json(), "base": here.fingerprint}
-        train_config, ledger = ConfigRecord({**shared}), Ledger((folder / "ledger").resolve())
-        if planned:
-            train_config["noise-multipliers"] = [client.noise_multiplier for client in planned]
-            train_config["ledger"] = str(ledger.folder)
+        ledger = Ledger((folder / "ledger").resolve())
         result = strategy.start(
             grid,
             initial,
             num_rounds=config.rounds,
             timeout=config.clients.timeout,
-            train_config=train_config,
-            evaluate_config=ConfigRecord({**shared}),
+            train_config=client_config(config, here, planned, ledger),
+            evaluate_config=client_config(config, here, [], ledger),
             evaluate_first=True,
             on_round=on_round,
         )
@@ -90,6 +86,17 @@ def serve(config: RunConfig, grid: Grid, folder: Path) -> None:
     )
     curves([read_run(folder)], folder / "curves.png")
     progress.run_done()
+
+
+def client_config(
+    config: RunConfig, here: Resident, planned: list[ClientPlan], ledger: Ledger
+) -> ConfigRecord:
+    """What clients are told in every message; with ``planned``, their noise and their ledger."""
+    record = ConfigRecord({"fedlora": config.client().model_dump_json(), "base": here.fingerprint})
+    if planned:
+        record["noise-multipliers"] = [client.noise_multiplier for client in planned]
+        record["ledger"] = str(ledger.folder)
+    return record
 
 
 def strategy_for(config: RunConfig, here: Resident) -> LoraStrategy:

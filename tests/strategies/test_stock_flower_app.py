@@ -279,7 +279,9 @@ def test_a_strategy_can_start_again_on_another_adapter() -> None:
     heads = ArrayRecord({name: array for name, array in INITIAL.items() if "lora" not in name})
     wider = ArrayRecord({name: Array(numpy.zeros((3, 3))) for name in INITIAL})
     for initial in (INITIAL, heads, INITIAL, wider):
-        strategy.start(CountingGrid(2), initial, num_rounds=1)
+        result = strategy.start(CountingGrid(2), initial, num_rounds=1)
+        assert set(result.arrays) == set(initial)
+        assert all(result.arrays[name].shape == initial[name].shape for name in initial)
 
 
 def test_flowers_central_dp_wrapper() -> None:

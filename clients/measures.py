@@ -28,7 +28,7 @@ def measured(
 
     Personal is what was loaded with the client's ``own`` tensors; a client without any, or that
     never trains, takes ``evaluate.fine_tune_steps`` steps on its training rows from what was
-    loaded, in which ``factors`` and vectors move.
+    loaded, cut to its rank, in which ``factors`` and vectors move.
 
     Raises:
         FedloraError: these steps diverged.
@@ -36,12 +36,13 @@ def measured(
     turn("evaluation")
     rows = here.held_back(client)
     found = {"num-examples": float(len(rows)), **_of(here, rows, config, GLOBAL)}
-    if own and client < config.clients.training:
-        load_into(here.model.trained, own)
-    else:
-        _fine_tune(here, client, server_round, config, factors)
-    turn("evaluation")
-    return {**found, **_of(here, rows, config, PERSONAL)}
+    with here.as_held_by(client):
+        if own and client < config.clients.training:
+            load_into(here.model.trained, own)
+        else:
+            _fine_tune(here, client, server_round, config, factors)
+        turn("evaluation")
+        return {**found, **_of(here, rows, config, PERSONAL)}
 
 
 def _of(here: Resident, rows: Rows, config: ClientConfig, name: str) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clients import resident as module
 from clients.client_app import app
+from clients.measures import measured
 from clients.packs import train_pack, train_private_pack
 from clients.resident import Resident, Trained
 from fedlora import wire
@@ -24,6 +25,7 @@ from fedlora.config import (
     TaskConfig,
     TrainConfig,
 )
+from fedlora.config_evaluate import EvaluateConfig
 from fedlora.ledger import Ledger
 from fedlora.rounds import Factor
 from simulations.grid import InProcessGrid
@@ -100,6 +102,20 @@ def test_one_by_one_it_is_a_model_of_that_rank_bit_for_bit(
         here.load(start(here))
         found = here.train(client, 1, settings, train)
         same(found, alone(here, client).train(client, 1, settings, train))
+
+
+def test_so_are_its_steps_before_it_measures_on_its_own_rows() -> None:
+    """The global adapter is measured whole; what is personal, at the client's rank."""
+    asked = {"evaluate": EvaluateConfig(personal=True, fine_tune_steps=4)}
+    here = Resident(config().model_copy(update=asked))
+    for client in (0, 2):
+        here.load(start(here))
+        found = measured(here, client, 1, here.config, BOTH, {})
+        own = Resident(config(here.config.adapter.rank_of(client)).model_copy(update=asked))
+        own.load(here.own_rank(client).cut(start(here)))
+        expected = measured(own, client, 1, own.config, BOTH, {})
+        assert found["personal.loss"] == expected["personal.loss"]
+        assert found["global.loss"] != expected["global.loss"]
 
 
 def test_so_with_the_scale_of_rslora() -> None:

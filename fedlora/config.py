@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, ValidationInfo, field_validator, model_validator
 
+from fedlora.config_clock import ClockConfig as ClockConfig
 from fedlora.config_evaluate import EvaluateConfig as EvaluateConfig
 from fedlora.config_train import PrivacyConfig as PrivacyConfig
 from fedlora.config_train import TrainConfig as TrainConfig
@@ -208,6 +209,7 @@ class RunConfig(Part):
     train: TrainConfig = TrainConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    clock: ClockConfig = ClockConfig()
     launch: LaunchConfig = LaunchConfig()
 
     def client(self) -> ClientConfig:

@@ -154,6 +154,10 @@ class RoundRecord:
         halved: clients whose pack did not fit into memory, and how many trained together instead.
         own_rows: by what was measured: ``global`` and ``personal`` of the clients that may train,
             ``new global`` and ``new personal`` of the newcomers; empty where nothing was.
+        virtual_seconds: of the virtual clock, from the beginning to the end of this round; None
+            without one.
+        staleness_mean, staleness_max: of the updates that were merged from a buffer, how many
+            merges ago they began; None elsewhere.
     """
 
     round: int
@@ -172,6 +176,9 @@ class RoundRecord:
     clip: float | None = None
     halved: Mapping[int, int] = field(default_factory=dict)
     own_rows: Mapping[str, OwnRows] = field(default_factory=dict)
+    virtual_seconds: float | None = None
+    staleness_mean: float | None = None
+    staleness_max: int | None = None
 
     def as_json(self) -> dict[str, Any]:  # Any: JSON values of several kinds
         """A plain dictionary in field order."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedlora.options import Bound, Count, CountOrZero, NonNegative, Share
 from fedlora.wire import digest
@@ -18,6 +19,7 @@ from strategies.record import Trace
 from strategies.replies import Limits, collect, mean_metrics
 from strategies.sampling import draw, wait_for_nodes
 from strategies.server_optimizers import ServerOptions
+from strategies.world import World
 
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -38,6 +40,8 @@ class Asking(ServerOptions, Strategy):
         max_norm: the largest L2 norm of all that a client sends together. That of an adapter which
             learns is below 1e3; the default leaves room and keeps products of factors finite.
         own_rows: when clients measure on rows of their own, and which of them never train.
+        world: clients on a virtual clock; see ``World``.
+        clock: the clock's time, and of FedBuff what is on its way; see ``virtual_time.py``.
         trace: notes of the round that runs.
         server: see ``ServerOptions``, as for its other fields.
     """
@@ -57,6 +61,8 @@ class Asking(ServerOptions, Strategy):
     max_examples: Bound = 1e9
     max_norm: Bound = 1e6
     own_rows: Measuring | None = None
+    world: World | None = None
+    clock: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     trace: Trace = field(default_factory=Trace, init=False, repr=False)
     _settled: bool = field(default=False, init=False, repr=False)
     _clients: dict[int, int] = field(default_factory=dict, init=False, repr=False)

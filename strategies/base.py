@@ -36,12 +36,12 @@ from strategies.messages import asked_of, to_measure
 from strategies.private_round import check_linear, what_is_sent
 from strategies.rank_policy import UNSAID, RankPolicy
 from strategies.replies import Limits, collect, mean_metrics
-from strategies.sampling import draw
 from strategies.sent_base import sent_base
 from strategies.server_optimizers import check_server
 from strategies.snapshot import Snapshot
 from strategies.sums import Sums
 from strategies.traits import Traits
+from strategies.virtual_time import ask
 
 
 @dataclass(kw_only=True)
@@ -244,7 +244,7 @@ class LoraStrategy(Asking):
         """
         log(INFO, "Starting %s strategy:", type(self).__name__)
         self.summary()
-        self._layout, self._clients, self.memory = None, {}, {}
+        self._layout, self._clients, self.memory, self.clock = None, {}, {}, {}
         if resume:
             initial_arrays = resume.restore(self)
         if self.sums == "workers":
@@ -281,4 +281,4 @@ class LoraStrategy(Asking):
         if self.client_privacy:
             sent = what_is_sent(arrays, config)
             return self.client_privacy.draw(nodes, server_round, sent)
-        return draw(nodes, self.fraction_train, self.min_train_nodes, self.seed, server_round)
+        return ask(self, nodes, server_round)

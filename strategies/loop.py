@@ -14,8 +14,10 @@ from flwr.serverapp.strategy import Result
 
 from fedlora.faults import begin, reach
 from fedlora.rounds import RoundRecord
+from strategies.fedbuff import fedbuff_round
 from strategies.own_rows import measure_own_rows
 from strategies.record import Trace
+from strategies.virtual_time import check_world, in_time, time_of
 
 if TYPE_CHECKING:
     from strategies.base import LoraStrategy
@@ -38,6 +40,7 @@ def run_rounds(
 
     ``first``: the round to begin with; 0 measures before any training.
     """
+    check_world(strategy)
     result = Result(arrays=arrays)
     for server_round in range(first, num_rounds + 1):
         begin(server_round)
@@ -46,12 +49,10 @@ def run_rounds(
         trained = evaluated = central = None
         if server_round:
             config = ConfigRecord(dict(train_config))
-            messages = strategy.configure_train(server_round, arrays, config, grid)
-            reach("dispatch")
-            replies = grid.send_and_receive(messages, timeout=timeout)
-            reach("received")
-            merged, trained = strategy.aggregate_train(server_round, replies)
+            train = fedbuff_round if _buffered(strategy) else _round
+            merged, trained = train(strategy, grid, server_round, arrays, config, timeout)
             arrays = result.arrays = merged or arrays
+        strategy.trace.virtual_seconds = time_of(strategy)
         if trained is not None:
             result.train_metrics_clientapp[server_round] = trained
         if server_round or evaluate_first:
@@ -72,3 +73,25 @@ def run_rounds(
         log(INFO, "[ROUND %s/%s] %s", server_round, num_rounds, record)
         on_round(record, arrays)
     return result
+
+
+def _round(
+    strategy: LoraStrategy,
+    grid: Grid,
+    server_round: int,
+    arrays: ArrayRecord,
+    config: ConfigRecord,
+    timeout: float,
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """Ask, wait and merge; ``(None, None)`` keeps the adapter."""
+    messages = strategy.configure_train(server_round, arrays, config, grid)
+    messages = in_time(strategy, server_round, messages)
+    reach("dispatch")
+    replies = grid.send_and_receive(messages, timeout=timeout)
+    reach("received")
+    return strategy.aggregate_train(server_round, replies)
+
+
+def _buffered(strategy: LoraStrategy) -> bool:
+    """Whether updates are merged by FedBuff."""
+    return strategy.world is not None and strategy.world.clock.mode == "fedbuff"

@@ -13,7 +13,7 @@ from fedlora.errors import WireError
 from fedlora.faults import reach
 from fedlora.lowrank import aggregation_error
 from fedlora.ranks import with_spare_rows
-from fedlora.rounds import ClientUpdate, GlobalState, shares
+from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
 from fedlora.wire import Layout
 from strategies.adding import Adding
 from strategies.private_round import private_update
@@ -47,7 +47,7 @@ def next_state(
     needed, updates, good = max(strategy.min_train_nodes, 1), list[ClientUpdate](), replies
     if adding:
         trace.halved = halved(replies)
-        _check_enough(len(replies), needed)
+        check_enough(len(replies), needed)
         merged, trace.bytes_up = adding.merge(state, [reply.client for reply in replies])
     else:
         updates, good, refused = as_updates(replies, layout, plan, state.adapter, strategy.max_norm)
@@ -58,8 +58,27 @@ def next_state(
             private = private_update(privacy, server_round, layout, plan, state, updates)
             merged = strategy.merge(state, private)
         else:
-            _check_enough(len(updates), needed)
+            check_enough(len(updates), needed)
             merged = strategy.merge(state, updates)
+    shown = [] if privacy else updates  # no noise covers the error of these
+    return (*concluded(strategy, plan, state, layout, merged, shown), good)
+
+
+def concluded(
+    strategy: LoraStrategy,
+    plan: LocalPlan,
+    state: GlobalState,
+    layout: Layout,
+    merged: GlobalState,
+    updates: Sequence[ClientUpdate],
+) -> tuple[GlobalState, ArrayRecord]:
+    """What a rule merged after the server optimiser's step, checked, and its adapter as arrays.
+
+    The error of merging ``updates``, if there are any, is noted in the strategy's trace.
+
+    Raises:
+        WireError: it is no adapter.
+    """
     if layout.ranks != "one":
         merged = replace(merged, adapter=with_spare_rows(state.adapter, merged.adapter))
     reach("merge")
@@ -70,16 +89,16 @@ def next_state(
         check_base(after.memory, layout)
     except WireError as error:
         raise WireError(f"what was merged is no adapter: {error}") from None
-    if updates and not privacy and not plan.personal:  # no noise covers it; nor is it known
-        trace.aggregation_error = aggregation_error(
+    if updates and not plan.personal:  # whose share of it is not known
+        strategy.trace.aggregation_error = aggregation_error(
             [update.adapter for update in updates],
             shares(updates),
             widened(merged.adapter, merged.memory, state.memory),
         )
-    return after, arrays, good
+    return after, arrays
 
 
-def _check_enough(found: int, needed: int) -> None:
+def check_enough(found: int, needed: int) -> None:
     """Refuse to merge too few."""
     if found < needed:
         raise WireError(f"{found} good replies, {needed} needed (min_train_nodes)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
 from flwr.app import MetricRecord
 
@@ -17,7 +18,8 @@ class Trace:
     """One round's notes: who was asked, what was sent, what went wrong.
 
     ``adapter`` is the fingerprint of what was sent to those who train, and ``base`` the digest of
-    what was added to the frozen weights, as it was sent last.
+    what was added to the frozen weights, as it was sent last. ``wanted`` is how many replies the
+    round needs, and ``staleness`` of each merged update how many merges ago it began.
     """
 
     asked: Mapping[int, int] = field(default_factory=dict)
@@ -32,6 +34,9 @@ class Trace:
     bytes_down: int = 0
     aggregation_error: float | None = None
     failures: list[Failure] = field(default_factory=list)
+    wanted: int = 0
+    virtual_seconds: float | None = None
+    staleness: tuple[int, ...] = ()
 
     def record(
         self,
@@ -60,6 +65,9 @@ class Trace:
             clip=self.clip,
             halved=self.halved,
             own_rows=self.own_rows,
+            virtual_seconds=self.virtual_seconds,
+            staleness_mean=fmean(self.staleness) if self.staleness else None,
+            staleness_max=max(self.staleness, default=None),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from logging import INFO, WARNING
 
@@ -10,6 +11,8 @@ from flwr.serverapp import Grid
 
 from fedlora.errors import FedloraError
 from fedlora.seeds import numpy_generator
+
+NEARLY = 1e-9  # by which 100 * 1.1 lies above 110, and more
 
 
 def wait_for_nodes(grid: Grid, least: int, settle: float, timeout: float) -> list[int]:
@@ -41,8 +44,22 @@ def wait_for_nodes(grid: Grid, least: int, settle: float, timeout: float) -> lis
     return nodes
 
 
+def wanted(number: int, fraction: float, least: int) -> int:
+    """How many of so many nodes a round needs."""
+    return max(int(number * fraction), least)
+
+
+def with_spare(needed: int, over_select: float, there: int) -> int:
+    """How many of those who are there are asked, so many times the number that is needed."""
+    return min(math.ceil(needed * over_select - NEARLY), there)
+
+
 def draw(nodes: list[int], fraction: float, least: int, seed: int, server_round: int) -> list[int]:
     """A share of the nodes, at least ``least``, without replacement, in ascending order."""
-    count = max(int(len(nodes) * fraction), least)
-    rng = numpy_generator(seed, "sample", server_round)
+    return choose(nodes, wanted(len(nodes), fraction, least), seed, server_round)
+
+
+def choose(nodes: list[int], count: int, seed: int, *names: int) -> list[int]:
+    """So many of the nodes, without replacement, in ascending order; ``names`` are of the draw."""
+    rng = numpy_generator(seed, "sample", *names)
     return [nodes[index] for index in sorted(rng.choice(len(nodes), size=count, replace=False))]

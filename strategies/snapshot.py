@@ -14,7 +14,7 @@ from fedlora import wire
 if TYPE_CHECKING:
     from strategies.base import LoraStrategy
 
-CARRIED = ("memory",)  # a strategy's fields of tensors by name that one round leaves to the next
+CARRIED = ("memory", "clock")  # a strategy's tensors by name that one round leaves to the next
 
 
 @dataclass(frozen=True)

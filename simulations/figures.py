@@ -64,14 +64,14 @@ def curves(runs: Sequence[Run], path: Path) -> None:
     columns = 1 if max(map(len, groups)) > 40 else min(4, len(groups))
     with sheet(path, 9, 6.8 + 0.22 * math.ceil(len(groups) / columns)) as figure:
         panels = figure.subplots(2, 2)
-        _panel(panels[0, 0], groups, label, lambda run: by_round(run, score))
-        _panel(panels[0, 1], groups, second_label, lambda run: by_round(run, second))
+        panel(panels[0, 0], groups, label, lambda run: by_round(run, score))
+        panel(panels[0, 1], groups, second_label, lambda run: by_round(run, second))
         _error_panel(panels[1, 0], groups)
-        _panel(
+        panel(
             panels[1, 1],
             groups,
             f"{label} by megabytes sent",
-            lambda run: _by_bytes(run, score),
+            lambda run: by_bytes(run, score),
             "MB up and down, all clients",
         )
         handles, names = panels[0, 0].get_legend_handles_labels()
@@ -143,7 +143,7 @@ def _bell(
     axes.plot(x, y, color=colour, label=f"{name}, as claimed")
 
 
-def _panel(
+def panel(
     axes: Axes,
     groups: Mapping[str, list[Run]],
     title: str,
@@ -200,7 +200,7 @@ def _error_panel(axes: Axes, groups: Mapping[str, list[Run]]) -> None:
         x, y = by_round(run, "aggregation_error", first=1)
         return x, numpy.where(y <= EXACT, floor, y)
 
-    _panel(axes, groups, "Aggregation error", read)
+    panel(axes, groups, "Aggregation error", read)
     axes.set_yscale("log")
     axes.set_yticks(ticks := log_ticks(errors), [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
@@ -235,20 +235,20 @@ def by_round(run: Run, name: str, first: int = 0) -> Line:
         for record, value in zip(run.rounds, run.values(name), strict=True)
         if value is not None and record["round"] >= first
     ]
-    return _line(pairs)
+    return line(pairs)
 
 
-def _by_bytes(run: Run, name: str) -> Line:
+def by_bytes(run: Run, name: str) -> Line:
     """One number over the megabytes that all rounds up to it have sent, both ways."""
     pairs, sent = [], 0.0
     for record, value in zip(run.rounds, run.values(name), strict=True):
         sent += (record.get("bytes_up", 0) + record.get("bytes_down", 0)) / 1e6
         if value is not None:
             pairs.append((sent, value))
-    return _line(pairs)
+    return line(pairs)
 
 
-def _line(pairs: Sequence[tuple[float, float]]) -> Line:
+def line(pairs: Sequence[tuple[float, float]]) -> Line:
     """Pairs as two arrays."""
     table = numpy.array(pairs, dtype=numpy.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]

@@ -13,7 +13,7 @@ from fedlora.ranks import narrowed
 from fedlora.rounds import FACTORS
 from fedlora.wire import FLOATS, Layout
 from strategies import LoraStrategy
-from strategies.sampling import draw
+from strategies.sampling import draw, with_spare
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ def traffic(config: RunConfig, strategy: LoraStrategy, layout: Layout) -> Traffi
         exact = exact and known
         ups.append(count * up)
         down = sum(field.bytes for field in layout.select(plan.send, plan.personal))
-        downs.append(count * (down + base_bytes(strategy, layout, before)))
+        asked = count
+        if config.clock.mode == "rounds":
+            spare = config.clock.over_select
+            asked = with_spare(int(count), spare, config.clients.training)
+        downs.append(asked * (down + base_bytes(strategy, layout, before)))
         before.append(int(count))
     count, _ = taking_part(config, strategy, 1)
     return Traffic(count, ups[0], downs[0], sum(ups), sum(downs), exact)
@@ -99,14 +103,20 @@ def taking_part(config: RunConfig, strategy: LoraStrategy, server_round: int) ->
     if privacy := strategy.client_privacy:
         planned = privacy.planned()
         return (planned, False) if privacy.sampling == "poisson" else (int(planned), True)
-    return len(drawn(config, strategy, server_round)), True
+    return len(drawn(config, strategy, server_round)), config.clock.mode == "none"
 
 
 def drawn(config: RunConfig, strategy: LoraStrategy, server_round: int) -> list[int]:
-    """The clients that train in a round; where whole clients are private, as many, the first."""
+    """The clients that train in a round.
+
+    Where whole clients are private, as many, the first; so with FedBuff. On a virtual clock that
+    waits for rounds, all are taken to be there and none to be lost.
+    """
     number = config.clients.training
     if strategy.client_privacy:
         return list(range(max(1, round(strategy.client_privacy.planned()))))
+    if config.clock.mode == "fedbuff":  # who they are is the clock's to say
+        return list(range(config.clock.buffer))
     least = strategy.min_train_nodes
     return draw(list(range(number)), strategy.fraction_train, least, strategy.seed, server_round)
 

@@ -17,6 +17,7 @@ from fedlora.errors import ConfigError, choose, unknown, wrong
 from fedlora.options import checked_options, read
 from fedlora.ranks import ranks_of
 from fedlora.rounds import FACTORS
+from simulations.clock import check_clock
 from strategies import METHODS, LoraStrategy
 from strategies.adding import check_sums
 from strategies.server_optimizers import OPTIONS, ServerOptions, check_server
@@ -159,6 +160,7 @@ def _check_together(config: RunConfig) -> None:
     if config.launch.sums == "workers":
         private = config.privacy.unit == "client"
         check_sums(config.method, rule.summed(), private, "launch.sums")
+    check_clock(config, rule)
     if config.train.by_step:
         train = rule.plan(1).train
         if set(train) != set(FACTORS):

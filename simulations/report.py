@@ -38,6 +38,7 @@ class Row:
         own_rows: what clients measured on rows of their own after the last round, by its name in
             the table: accuracy, or loss for language.
         bytes_up, bytes_down, seconds: summed over the rounds of a run.
+        virtual_seconds: at the end of the last round; None without a virtual clock.
         notes: what a reader of the numbers must know (unfinished runs, failures).
     """
 
@@ -56,6 +57,7 @@ class Row:
     seconds: Stat | None
     notes: tuple[str, ...] = ()
     own_rows: dict[str, Stat] = field(default_factory=dict)
+    virtual_seconds: Stat | None = None
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -136,6 +138,7 @@ def _row(name: str, runs: Sequence[Run]) -> Row:
         seconds=total("seconds"),
         notes=tuple(note for run in runs for note in _notes(name, run)),
         own_rows=_own_rows(runs, "loss" if language else "accuracy"),
+        virtual_seconds=last("virtual_seconds"),
     )
 
 

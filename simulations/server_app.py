@@ -27,14 +27,15 @@ from fedlora.ranks import ranks_of
 from fedlora.rounds import Factor, RoundRecord, ever_trained
 from fedlora.wire import Layout
 from simulations import recipe
+from simulations.clock import check_runtime, clocked
 from simulations.figures import curves
-from simulations.grid import LocalGrid
 from simulations.profiling import profiled
 from simulations.progress import Progress
 from simulations.results import claim, default_folder
 from simulations.resuming import Resumable, alone
 from simulations.run_folders import read_run
 from simulations.statement import ledger_folder, plan_run, statement
+from simulations.virtual_time import virtual_time
 from strategies import METHODS, LoraStrategy
 from strategies.client_privacy import AdaptiveClip, ClientPrivacy
 from strategies.own_rows import Measuring
@@ -69,15 +70,14 @@ def main(grid: Grid, context: Context) -> None:
 def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> None:
     """Run the federation on a grid and leave its results in ``folder``, or ``resume`` it there."""
     progress: Progress = getattr(grid, "progress", Progress())
-    if config.clients.newcomers and not isinstance(grid, LocalGrid):
-        allowed = "0 on Flower's own runtime, where no node says which client it is"
-        raise wrong("clients.newcomers", config.clients.newcomers, allowed)
+    check_runtime(config, grid)
     with threads(config.launch.threads):
         here = resident(server_view(config))
         ledger, initial = Ledger(ledger_folder(config, folder)), ArrayRecord(here.first)
         strategy = strategy_for(config, here.model.scales())
         planned = plan_privacy(config, here, strategy)
         strategy = protected(strategy, config, planned, ledger)
+        strategy = clocked(strategy, config, [len(part) for part in here.parts])
         layout = strategy.prepare(initial)  # a mistake is found before anything is written
         pack, _ = clients_together(config, here, strategy)
         tell = progress.note if resume else None
@@ -110,6 +110,7 @@ def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> 
     if private:
         kept.results.write("privacy.json", private)
     curves([read_run(folder)], folder / "curves.png")
+    virtual_time([read_run(folder)], folder / "virtual_time.png")
     kept.finish(
         {
             "task": config.task.name,

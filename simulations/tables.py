@@ -20,8 +20,14 @@ from simulations.figures import curves
 from simulations.report import Row, Stat, rows
 from simulations.run_folders import Run
 from simulations.trade_off import trade_off
+from simulations.virtual_time import virtual_time
 
-MORE = {"trade_off.png": trade_off, "rules.png": rules_figure.rules, "attacks.md": attacks}
+MORE = {
+    "trade_off.png": trade_off,
+    "rules.png": rules_figure.rules,
+    "attacks.md": attacks,
+    "virtual_time.png": virtual_time,
+}
 BLANK = "–"  # noqa: RUF001 (an en dash stands for what was not measured)
 
 
@@ -68,6 +74,8 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         ]
     for name in dict.fromkeys(name for row in rows for name in row.own_rows):
         chosen.append(Column(name, name, _own_rows_reader(name)))
+    timed = any(row.virtual_seconds is not None for row in rows)
+    virtual = Column("virtual seconds", "virtual_seconds", lambda row: row.virtual_seconds, ".1f")
     return [
         *chosen,
         Column("loss", "loss", lambda row: row.loss),
@@ -75,6 +83,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("MB up", "bytes_up", lambda row: row.bytes_up, ".2f", 1e6),
         Column("MB down", "bytes_down", lambda row: row.bytes_down, ".2f", 1e6),
         Column("seconds", "seconds", lambda row: row.seconds, ".1f"),
+        *([virtual] if timed else []),
     ]
 
 
@@ -163,8 +172,8 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:  # Any: JSON values of
 def write(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
     """Write ``table.md``, ``table.csv`` and ``curves.png`` into a folder; return their paths.
 
-    Runs that differ in epsilon alone get ``trade_off.png`` as well, many rules ``rules.png``, and
-    runs that differ in who attacks ``attacks.md``.
+    Runs that differ in epsilon alone get ``trade_off.png`` as well, many rules ``rules.png``, runs
+    that differ in who attacks ``attacks.md``, and runs on a virtual clock ``virtual_time.png``.
 
     Raises:
         ConfigError: the folder cannot be written.

@@ -12,7 +12,7 @@ from fedlora.calibration import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.privacy import PrivacyEvent
 from fedlora.seeds import numpy_generator
-from simulations.server_app import on_server
+from simulations.protection import on_server
 from strategies.client_privacy import ClientPrivacy
 
 MOST = 2000  # canaries; each has a direction, so a release costs their number squared

@@ -7,30 +7,29 @@ What a command does is in ``simulations.commands``, which is loaded when one is 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from fedlora.errors import FedloraError, unknown, wrong
+from fedlora.errors import FedloraError
+from simulations import cli_privacy
+from simulations.cli_options import (
+    Commands,
+    as_json,
+    launching,
+    out_folder,
+    profile,
+    resume,
+    separated,
+    settings,
+    whole,
+)
 from simulations.progress import Stopped
 from simulations.stopping import hearing
 
-F = TypeVar("F", bound=Callable[..., Any])  # Any: a command takes whatever its options give
 MISTAKE = 2
-
-
-class Commands(click.Group):
-    """A group that names the nearest command for one it does not know."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Look the command up, or say which one may have been meant."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise unknown("command", args[0], self.commands)
-        return super().resolve_command(ctx, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,55 +74,6 @@ def _stopped(folder: Path | None) -> None:
     """Say where the results lie that there are."""
     where = f"; what was finished lies in {folder}" if folder else ""
     click.echo(f"fedlora: stopped{where}", err=True)
-
-
-def separated(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str]:
-    """A comma-separated option as a list; each entry once."""
-    entries = [entry.strip() for entry in value.split(",")] if value is not None else []
-    if len(set(entries)) < len(entries) or "" in entries:
-        raise wrong(f"--{parameter.name}", value, "names separated by commas, each once")
-    return entries
-
-
-def whole(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
-    """A comma-separated option as a list of whole numbers from 0."""
-    entries = separated(context, parameter, value)
-    if not all(entry.isascii() and entry.isdigit() for entry in entries):
-        raise wrong(f"--{parameter.name}", value, "whole numbers from 0, separated by commas")
-    numbers = sorted({int(entry) for entry in entries})
-    if len(numbers) < len(entries):
-        raise wrong(f"--{parameter.name}", value, "each number once")
-    return numbers
-
-
-def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
-    """Several options as one decorator, in the order in which help lists them."""
-
-    def decorate(command: F) -> F:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
-settings = click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe."
-)
-profile = click.option("--profile", is_flag=True, help="Take the time of each part of the rounds.")
-resume = click.option(
-    "--resume", type=click.Path(path_type=Path), metavar="FOLDER", help="Go on with what it holds."
-)
-out_folder = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results.")
-launching = options(
-    settings,
-    click.option("--rounds", type=int, help="Short for --set rounds=N."),
-    click.option("--backend", help="Short for --set launch.backend=NAME (inprocess or ray)."),
-    click.option("--workers", type=int, help="Short for --set launch.workers=N."),
-    out_folder,
-    as_json,
-)
 
 
 @click.group(cls=Commands, invoke_without_command=True)
@@ -245,55 +195,15 @@ def chaos(**given: Any) -> int:  # Any: as chaos.chaos declares them
     return chaos.chaos(**given)
 
 
-@fedlora.group(cls=Commands)
-def privacy() -> None:
-    """Plan differential privacy, say what a private run promises, or try to break it."""
-
-
-@privacy.command()
-@click.argument("recipe")
-@click.option("--method", help="Instead of the recipe's method.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Draw epsilon over the rounds.")
-@settings
-@as_json
-def plan(**given: Any) -> None:  # Any: as privacy_commands.plan declares them
-    """Show each client's noise and what all rounds of RECIPE would cost it."""
-    from simulations import privacy_commands
-
-    privacy_commands.plan(**given)
-
-
-@privacy.command("report")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--figure", type=click.Path(path_type=Path), help="Instead of FOLDER/privacy.png.")
-@as_json
-def privacy_report(**given: Any) -> None:  # Any: as privacy_commands.report declares them
-    """State in words what the private run in FOLDER promises and what it spent."""
-    from simulations import privacy_commands
-
-    privacy_commands.report(**given)
-
-
-@privacy.command()
-@click.argument("recipe")
-@click.option("--method", help="Instead of the recipe's method.")
-@click.option("--seed", type=int, help="Short for --set seed=N.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Draw canaries and noise.")
-@settings
-@as_json
-def audit(**given: Any) -> int:  # Any: as privacy_commands.audit declares them
-    """Try to break the promise of RECIPE on the code that keeps it; exit code 1 if broken."""
-    from simulations import privacy_commands
-
-    return privacy_commands.audit(**given)
-
-
 @fedlora.command()
 def version() -> None:
     """Print the version."""
     from simulations import commands
 
     commands.version()
+
+
+fedlora.add_command(cli_privacy.privacy)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,9 @@ from fedlora.tasks.task import Task
 from fedlora.wire import Layout
 from simulations.forecast import Spread, Traffic, total_steps, traffic
 from simulations.memory import Memory, Peak, by_formula
-from simulations.server_app import (
-    clients_together,
-    plan_privacy,
-    protected,
-    strategy_for,
-    suited,
-    threads,
-)
+from simulations.packing import clients_together, suited
+from simulations.protection import plan_privacy, protected
+from simulations.server_app import strategy_for, threads
 from simulations.statement import plan_run
 from simulations.timing import Times, Timing, measured, times
 from strategies import LoraStrategy

@@ -4,46 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor, nn
 
-from clients.pack_size import pack_size, width_of
-from clients.packs import packable
 from clients.resident import Resident, resident
-from clients.stacked import PackError
 from fedlora.base_change import widened
 from fedlora.calibration import ClientPlan
 from fedlora.config import ClientConfig, RunConfig
-from fedlora.errors import wrong
 from fedlora.faults import check_armed, reach
 from fedlora.ledger import Ledger
 from fedlora.lowrank import Adapter
 from fedlora.ranks import ranks_of
-from fedlora.rounds import Factor, RoundRecord, ever_trained
+from fedlora.rounds import RoundRecord
 from fedlora.wire import Layout
 from simulations import recipe
 from simulations.clock import check_runtime, clocked
 from simulations.figures import curves
+from simulations.packing import clients_together
 from simulations.profiling import profiled
 from simulations.progress import Progress
+from simulations.protection import plan_privacy, protected
 from simulations.results import claim, default_folder
 from simulations.resuming import Resumable, alone
 from simulations.run_folders import read_run
-from simulations.statement import ledger_folder, plan_run, statement
+from simulations.statement import ledger_folder, statement
 from simulations.virtual_time import virtual_time
 from strategies import METHODS, LoraStrategy
-from strategies.client_privacy import AdaptiveClip, ClientPrivacy
 from strategies.own_rows import Measuring
-from strategies.private_round import check_linear
 from strategies.snapshot import Snapshot
 
-ASKED = "launch.pack asks for it"
-PACKS = 4  # at least so many a round, so that as many workers have something to do
 EVALUATORS = 16  # clients that share the measuring of a round
 PROMISE = ("unit", "relation", "sampling", "epsilon", "delta", "planned", "accountant", "claim")
 
@@ -176,108 +169,6 @@ def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy
         ranks=ranks_of(config.adapter),
         sums=config.launch.sums,
         own_rows=Measuring(measures.every, config.clients.newcomers) if measures.personal else None,
-    )
-
-
-def clients_together(config: RunConfig, here: Resident, strategy: LoraStrategy) -> tuple[int, str]:
-    """How many clients a pack holds, and why: as asked, or as suits the model and the round.
-
-    Raises:
-        ConfigError: packs were asked for, and this model's clients cannot be trained together.
-    """
-    asked, factors = config.launch.pack, trained_in(config, strategy)
-    if asked == 1:
-        return 1, ASKED
-    if config.train.checkpointing:
-        return 1, "train.checkpointing goes client by client"
-    try:
-        moving = packable(here, factors, 0)
-    except PackError as error:
-        if asked:
-            raise wrong("launch.pack", asked, f"1 (or 0, which takes it): {error}") from None
-        return 1, str(error)
-    return suited(config, moving, here.device.type, here.model.fixed())
-
-
-def trained_in(config: RunConfig, strategy: LoraStrategy) -> tuple[Factor, ...]:
-    """The factors that train in some round of a run."""
-    return ever_trained(strategy.plan(number) for number in range(1, config.rounds + 1))
-
-
-def suited(
-    config: RunConfig,
-    moving: Mapping[str, nn.Parameter],
-    device: str,
-    fixed: Mapping[str, Tensor],
-) -> tuple[int, str]:
-    """As ``clients_together`` for a model that can be packed.
-
-    ``moving``: what trains; ``fixed``: see ``AdaptedModel.fixed``.
-    """
-    if config.launch.pack:
-        return config.launch.pack, ASKED
-    clients = config.clients
-    drawn = max(clients.min_train_nodes, int(clients.training * clients.fraction_train))
-    suits = pack_size(
-        batch_size=config.train.batch_size,
-        tokens=config.model.max_length,
-        width=width_of(fixed or moving),
-        numbers=sum(value.numel() for value in moving.values()),
-        private=config.privacy.unit == "example",
-        device=device,
-    )
-    shared = max(1, drawn // PACKS)
-    if suits <= shared:
-        return suits, f"the model's shapes allow {suits}"
-    return shared, f"{drawn} clients of a round make {PACKS} packs or more"
-
-
-def plan_privacy(config: RunConfig, here: Resident, strategy: LoraStrategy) -> list[ClientPlan]:
-    """Every client's noise, after a look at whether this can be trained privately at all.
-
-    Raises:
-        PrivacyError: it cannot, or the target cannot be had.
-    """
-    if config.privacy.unit == "none":
-        return []
-    if config.privacy.unit == "client":
-        check_linear(type(strategy).__name__, strategy.linear)
-    else:
-        from clients.supported import check_supported  # Opacus takes seconds to import
-
-        moving = here.moving(trained_in(config, strategy))
-        check_supported(here.model.module, list(moving.values()))
-    return plan_run(config, [len(part) for part in here.parts])
-
-
-def protected(
-    strategy: LoraStrategy, config: RunConfig, planned: list[ClientPlan], ledger: Ledger | None
-) -> LoraStrategy:
-    """The strategy with client-level privacy, where the recipe asks for it."""
-    if config.privacy.unit != "client":
-        return strategy
-    return replace(strategy, client_privacy=on_server(config, planned[0], ledger))
-
-
-def on_server(
-    config: RunConfig, planned: ClientPlan, ledger: Ledger | None = None
-) -> ClientPrivacy:
-    """What the server does to protect whole clients, as the recipe says."""
-    privacy = config.privacy
-    adaptive = AdaptiveClip(privacy.quantile, privacy.clip_rate) if privacy.adaptive_clip else None
-    return ClientPrivacy(
-        noise_multiplier=planned.noise_multiplier,
-        clip=privacy.clip,
-        clients=config.clients.number,
-        fraction=config.clients.fraction_train,
-        sampling=privacy.sampling,
-        adaptive=adaptive,
-        seed=config.seed,
-        rng=privacy.rng,
-        ledger=ledger,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        accountant=privacy.accountant,
     )
 
 

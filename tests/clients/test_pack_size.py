@@ -14,8 +14,8 @@ from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.models import load_model
 from simulations.bench_cohort import SIZES, name
 from simulations.bench_inputs import LENGTH
+from simulations.packing import suited
 from simulations.recipe import load
-from simulations.server_app import suited
 from tests.clients.cohort_cases import pack
 
 TABLE = Path(__file__).parents[2] / "results" / "bench" / "packs" / "table.csv"

@@ -23,8 +23,9 @@ from fedlora.ledger import Ledger
 from fedlora.rounds import piece_of
 from fedlora.wire import tensors
 from simulations.grid import InProcessGrid
+from simulations.protection import plan_privacy
 from simulations.recipe import load
-from simulations.server_app import client_config, plan_privacy, strategy_for
+from simulations.server_app import client_config, strategy_for
 
 torch.set_num_threads(1)
 

@@ -26,8 +26,9 @@ from fedlora.ledger import Ledger
 from fedlora.ranks import unpacked
 from fedlora.wire import tensors
 from simulations.grid import InProcessGrid
+from simulations.protection import plan_privacy
 from simulations.recipe import load
-from simulations.server_app import client_config, plan_privacy, strategy_for
+from simulations.server_app import client_config, strategy_for
 from tests.clients import cohort_cases, test_private_cohort
 from tests.clients.cohort_cases import pack, worst
 from tests.clients.private_cases import Case, bert, moved, relative

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,28 @@ def writing(path: Path) -> Iterator[None]:
         raise FedloraError(
             f"{path}: cannot be written ({reason}); {_free(path)} bytes are free there"
         ) from None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``path`` when all of it is there.
+
+    Raises:
+        FedloraError: it cannot be written; what was at ``path`` is still there.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    with writing(path):
+        shutil.rmtree(beside, ignore_errors=True)  # of a process that died
+        beside.mkdir(parents=True)
+    try:
+        yield beside
+        with writing(path):
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def _free(path: Path) -> int:

@@ -13,14 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.errors import ConfigError, choose
+from simulations.chaos_disk import disk
 from simulations.chaos_faults import QUICK, Fault, Size
 from simulations.chaos_fuzz import payloads
+from simulations.chaos_kills import kills, signals
 from simulations.chaos_uploads import uploads
 from simulations.chaos_workers import killed_workers, order, stragglers
 from simulations.results import environment
 
 HEADINGS = ("fault", "injected", "survived", "seen")
-CHAOS: dict[str, tuple[str, Callable[[Size], list[Fault]]]] = {
+CHAOS: dict[str, tuple[str, Callable[[Size], list[Fault]]]] = {  # forks come before Ray
+    "kills": ("Does a run that is killed and gone on with end the same?", kills),
+    "signals": ("Does a run end in time when it is asked to, and go on the same?", signals),
+    "disk": ("What is lost when a disk is full, or may only be read?", disk),
     "uploads": ("Does any rule take a hostile upload, or end of it?", uploads),
     "fuzz": ("Does a damaged payload crash the decoder?", payloads),
     "workers": ("What does it cost that a worker dies?", killed_workers),

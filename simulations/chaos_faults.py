@@ -37,6 +37,10 @@ class Size:
         order_rounds: of each of those runs.
         methods: rules that hostile uploads go to; none is all of them.
         payloads: into the decoder.
+        points: fault points of runs that are killed or find no room; none is all of them.
+        kill_rounds: of runs that are killed at each point in each round.
+        signals: at random times.
+        disk_rounds: of runs whose disk gives out at each point of the last round.
     """
 
     clients: int = 20
@@ -46,8 +50,21 @@ class Size:
     order_rounds: int = 5
     methods: tuple[str, ...] = ()
     payloads: int = 100_000
+    points: tuple[str, ...] = ()
+    kill_rounds: int = 5
+    signals: int = 20
+    disk_rounds: int = 2
 
 
 QUICK = Size(
-    clients=6, rounds=3, pools=(1, 2), order_rounds=2, methods=("fedavg", "rolora"), payloads=2000
+    clients=6,
+    rounds=3,
+    pools=(1, 2),
+    order_rounds=2,
+    methods=("fedavg", "rolora"),
+    payloads=2000,
+    points=("mid-step", "merge", "data-mid-write", "manifest-before-rename"),
+    kill_rounds=1,
+    signals=2,
+    disk_rounds=1,
 )

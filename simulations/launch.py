@@ -14,7 +14,6 @@ from clients.client_app import app as client_app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from simulations.grid import RUN_ID, SERVER_NODE, InProcessGrid, LocalGrid
-from simulations.personal_adapters import save_personal
 from simulations.profiling import Profiler
 from simulations.progress import Progress
 from simulations.recipe import Recipe
@@ -123,5 +122,3 @@ def _serve(config: RunConfig, grid: LocalGrid, folder: Path, resume: bool) -> No
         run_config={"config": config.model_dump_json(), "folder": str(folder), "resume": resume},
     )
     server_app(grid, context)
-    if config.privacy.unit != "client":  # there no noise covers what clients keep
-        save_personal(grid.contexts, folder)

@@ -121,13 +121,13 @@ class Resumable:
         """What the strategy goes on from; clients get back what they had kept."""
         if self._commit is None:
             return None
-        self._commit.give_back(_contexts(grid))
+        self._commit.give_back(contexts(grid))
         return self._commit.snapshot
 
     def add(self, snapshot: Snapshot, grid: Grid) -> None:
         """Commit a round, if it is one that is committed."""
         if self._every and snapshot.round % self._every == 0:
-            self._commits.add(snapshot, _contexts(grid))
+            self._commits.add(snapshot, contexts(grid))
 
     def finish(self, extra: dict[str, Any]) -> None:  # Any: JSON values of several kinds
         """Write the summary, which ends the run, and drop the commits."""
@@ -166,7 +166,7 @@ def _reopened(
     return results
 
 
-def _contexts(grid: Grid) -> Mapping[int, Context]:
+def contexts(grid: Grid) -> Mapping[int, Context]:
     """The clients' contexts, where they are here."""
     return grid.contexts if isinstance(grid, LocalGrid) else {}
 

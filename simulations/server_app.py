@@ -15,6 +15,7 @@ from clients.resident import Resident, resident
 from fedlora.base_change import widened
 from fedlora.calibration import ClientPlan
 from fedlora.config import ClientConfig, RunConfig
+from fedlora.disk import whole_folder
 from fedlora.faults import check_armed, reach
 from fedlora.ledger import Ledger
 from fedlora.lowrank import Adapter
@@ -25,11 +26,12 @@ from simulations import recipe
 from simulations.clock import check_runtime, clocked
 from simulations.figures import curves
 from simulations.packing import clients_together
+from simulations.personal_adapters import save_personal
 from simulations.profiling import profiled
 from simulations.progress import Progress
 from simulations.protection import plan_privacy, protected
 from simulations.results import claim, default_folder
-from simulations.resuming import Resumable, alone
+from simulations.resuming import Resumable, alone, contexts
 from simulations.run_folders import read_run
 from simulations.statement import ledger_folder, statement
 from simulations.virtual_time import virtual_time
@@ -98,6 +100,8 @@ def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> 
         here.load(result.arrays.to_torch_state_dict(), base=strategy.base_record())
         success = here.backdoor_success(config.train)
         save(here, strategy, layout, result.arrays, folder / "adapter")
+        if config.privacy.unit != "client":  # there no noise covers what clients keep
+            save_personal(contexts(grid), folder)
     reach("finish")
     private = statement(config, planned, ledger) if planned else {}
     if private:
@@ -122,9 +126,14 @@ def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> 
 def save(
     here: Resident, strategy: LoraStrategy, layout: Layout, arrays: ArrayRecord, folder: Path
 ) -> None:
-    """The adapter that was loaded, for PEFT, with what was added to the base in its factors."""
+    """Write the adapter that was loaded for PEFT, with what was added to the base in its factors.
+
+    Raises:
+        FedloraError: it cannot be written.
+    """
     whole = widened(layout.unpack(arrays), strategy.memory) if strategy.changes_base else Adapter()
-    here.model.save(folder, whole.pairs)
+    with whole_folder(folder) as made:
+        here.model.save(made, whole.pairs)
 
 
 def client_config(

@@ -337,8 +337,8 @@ MISTAKES = (
     Mistake(
         "a file more beside the adapter",
         "simulations/server_app.py",
-        "    here.model.save(folder, whole.pairs)\n",
-        "    here.model.save(folder, whole.pairs)\n"
+        "        here.model.save(made, whole.pairs)\n",
+        "        here.model.save(made, whole.pairs)\n"
         '    torch.save(here.first, folder.parent / "state.pt")\n',
         ARTEFACTS + "test_a_run_leaves_no_gradient_no_examples_and_no_noise",
     ),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fedlora import faults
-from fedlora.config import RunConfig
 from simulations import launch
+from simulations.chaos_runs import config
 from simulations.progress import Progress
-from simulations.recipe import load
 
-PRIVATE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3")
 COMMITTED = ("manifest-after-rename", "after-commit")  # where the round need not be done again
-QUICK = ("task.rows_per_group=10", "train.steps=2")
 
 
 class Died(BaseException):
@@ -32,26 +27,6 @@ class Told(Progress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a finished run, times aside."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name, data = str(path.relative_to(folder)), path.read_bytes() if path.is_file() else b""
-        if path.name == "environment.json":  # when, and by which command
-            continue
-        if path.name == "rounds.jsonl":
-            records = [json.loads(line) for line in data.splitlines()]
-            data = json.dumps([{**record, "seconds": 0} for record in records]).encode()
-        if path.name == "summary.json":
-            data = json.dumps({**json.loads(data), "seconds": 0}).encode()
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def config(*changes: str) -> RunConfig:
-    return load("tiny").resolve(None, [*QUICK, *changes])
 
 
 def run(folder: Path, *changes: str, resume: bool = False) -> list[str]:

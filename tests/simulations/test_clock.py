@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedlora.errors import ConfigError
 from fedlora.ledger import Ledger
 from simulations import launch
+from simulations.chaos_runs import PRIVATE, QUICK, tree
 from simulations.clock import check_runtime
 from simulations.forecast import traffic
 from simulations.progress import Progress
@@ -21,7 +22,7 @@ from simulations.server_app import serve, strategy_for
 from simulations.tables import write
 from strategies import METHODS
 from tests.helpers import layout_of, random_adapter
-from tests.simulations.resumed import PRIVATE, QUICK, die, run, tree
+from tests.simulations.resumed import die, run
 from tests.simulations.test_agreement import bits
 
 SLOW = ("clock.speeds=lognormal", "clock.dropout=0.2", "clock.availability=0.6", "clients.number=6")

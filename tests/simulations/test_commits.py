@@ -13,10 +13,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, Re
 from fedlora.errors import ConfigError
 from fedlora.ledger import Ledger
 from fedlora.rounds import Failure, RoundRecord
+from simulations.chaos_runs import config
 from simulations.commits import Commits, latest
 from simulations.results import RunFolder
 from strategies.snapshot import Snapshot
-from tests.simulations.resumed import config
 
 RECORD = RoundRecord(
     round=0,

@@ -1,41 +1,53 @@
-"""Runs that are killed and stopped for good: a few here, all of them under ``-m slow``."""
+"""Runs that are killed, stopped or out of room: a few here, all of them under ``-m slow``."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from fedlora.faults import POINTS
+from simulations.chaos_faults import QUICK
+from simulations.chaos_kills import STOPPED
 from simulations.stopping import GRACE, hearing, still_hearing
-from tests.simulations.kills import STOPPED
-
-SOME = "mid-step,merge,data-mid-write,manifest-before-rename"
 
 
-def table(*options: str) -> list[str]:
-    """The lines of the table; the run must find nothing wrong."""
-    argv = [sys.executable, "-m", "tests.simulations.kills", *options]
+def faults(*options: str) -> list[dict[str, Any]]:
+    """What chaos tells, from a process that has no threads yet; all of it must be survived."""
+    argv = [sys.executable, "-m", "simulations.cli", "chaos", "--json", *options]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
+    found: list[dict[str, Any]] = json.loads(done.stdout)["faults"]
+    return found
 
 
-def test_a_few_kills_and_stops_change_nothing() -> None:
-    lines = table("--points", SOME, "--rounds", "1", "--stops", "2")
-    names = [line.partition(":")[0] for line in lines]
-    assert names == [*SOME.split(","), "SIGINT", "SIGTERM"]
-    assert all("1 runs, 1 ended there, 1 identical" in line for line in lines[:4])
+def test_a_few_kills_stops_and_full_disks_change_nothing() -> None:
+    found = faults("--quick", "--only", "kills,signals,disk")
+    names = [f"killed at {point}" for point in QUICK.points]
+    names += ["SIGINT at any time", "SIGTERM at any time"]
+    disks = ["the disk is full from a point on", "the disk is read-only from a point on"]
+    assert [fault["name"] for fault in found] in (names, names + disks)  # where none can be mounted
+    kills, ends = found[: len(QUICK.points)], found[len(QUICK.points) :]
+    assert all(fault["seen"] == "1 died there, 1 ended as if they had not" for fault in kills)
+    assert [fault["seen"].split(" after ")[0] for fault in ends[:2]] == [
+        "ended with 130",
+        "ended with 143",
+    ]
+    assert [fault["injected"] for fault in ends[2:]] in ([], [4, 3])  # one holds a file open
 
 
 @pytest.mark.slow
-def test_no_kill_and_no_stop_changes_anything() -> None:
+def test_no_kill_no_stop_and_no_full_disk_changes_anything() -> None:
     """Every point in every round: 5 x 19 and the end; 20 signals at random times."""
-    lines = table()
-    assert len(lines) == len(POINTS) + 2
-    assert sum(int(line.split()[1]) for line in lines) == 5 * (len(POINTS) - 1) + 1 + 20
+    found = faults("--only", "kills,signals,disk")
+    kills = [fault for fault in found if fault["name"].startswith("killed")]
+    assert len(kills) == len(POINTS)
+    assert sum(fault["injected"] for fault in kills) == 5 * (len(POINTS) - 1) + 1
+    assert sum(fault["injected"] for fault in found if "any time" in fault["name"]) == 20
 
 
 def test_the_process_ends_in_time_whatever_hangs() -> None:

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from fedlora.errors import ConfigError
 from simulations import launch
+from simulations.chaos_runs import tree
 from simulations.dry_run import dry_run
 from simulations.progress import Progress
 from simulations.recipe import load
-from tests.simulations.resumed import die_everywhere, tree
+from tests.simulations.resumed import die_everywhere
 from tests.simulations.resumed import run as go
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's open files

@@ -18,20 +18,11 @@ from fedlora.faults import POINTS
 from fedlora.ledger import Ledger
 from fedlora.privacy import epsilon
 from simulations import launch, results, server_app
+from simulations.chaos_runs import LEDGER, PRIVATE, QUICK, config, tree
 from simulations.cli import main
 from simulations.recipe import load
-from tests.simulations.resumed import (
-    PRIVATE,
-    QUICK,
-    Told,
-    config,
-    die,
-    die_everywhere,
-    run,
-    tree,
-)
+from tests.simulations.resumed import Told, die, die_everywhere, run
 
-LEDGER = ("ledger-before-fsync", "ledger-after-fsync")
 PLAIN = [point for point in POINTS if point not in LEDGER]
 HARD = (  # all that a later round could miss of an earlier one
     *("options.server=adam", "clients.number=6", "clients.fraction_train=0.5"),

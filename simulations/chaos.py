@@ -17,6 +17,7 @@ from simulations.chaos_disk import disk
 from simulations.chaos_faults import QUICK, Fault, Size
 from simulations.chaos_fuzz import payloads
 from simulations.chaos_kills import kills, signals
+from simulations.chaos_soak import soak
 from simulations.chaos_uploads import uploads
 from simulations.chaos_workers import killed_workers, order, stragglers
 from simulations.results import environment
@@ -31,6 +32,7 @@ CHAOS: dict[str, tuple[str, Callable[[Size], list[Fault]]]] = {  # forks come be
     "workers": ("What does it cost that a worker dies?", killed_workers),
     "order": ("Do workers, delays or first tries that fail change a result?", order),
     "stragglers": ("Does a round end at its deadline?", stragglers),
+    "soak": ("Does anything hang or grow, if faults never stop?", soak),
 }
 
 

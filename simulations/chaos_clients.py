@@ -28,9 +28,10 @@ def train(message: Message, context: Context) -> Message:
     """The arrays plus random numbers of this client, round and number of earlier rounds.
 
     Entries of the message's configuration, all optional: ``run`` (a name: another one forgets
-    earlier rounds), ``seconds`` (of work), ``jitter`` (up to so many more, unseeded), ``dies`` and
-    ``sleeps`` (clients that kill their worker each time, or never end), ``fails`` (a folder: a
-    tenth of the clients kill their worker the first time, and leave their mark there).
+    earlier rounds), ``seconds`` (of work), ``jitter`` (up to so many more, unseeded), ``dies``,
+    ``sleeps`` and ``spoils`` (clients that kill their worker each time, never end, or send no
+    numbers), ``fails`` (a folder: a tenth of the clients kill their worker the first time, and
+    leave their mark there).
     """
     ask = configs_in(message.content)["config"]
     client = int(cast(int, context.node_config["partition-id"]))
@@ -48,6 +49,8 @@ def train(message: Message, context: Context) -> Message:
         key: Array((array.numpy() + rng.standard_normal(array.shape)).astype(numpy.float32))
         for key, array in given.items()
     }
+    if client in cast(list[int], ask.get("spoils", [])):
+        trained = {key: Array(numpy.full_like(a.numpy(), numpy.nan)) for key, a in given.items()}
     content = RecordDict(
         {
             "arrays": ArrayRecord(trained),

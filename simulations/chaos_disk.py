@@ -94,7 +94,7 @@ def _run_out(
                 faults.armed = ""
 
         faults.armed = fault
-        faults.strike = strike  # type: ignore[assignment]
+        faults.strike = strike
         code = main(command)
         shutil.copytree(out, left, ignore=shutil.ignore_patterns(FILLER))
         return BUSY if refused else code

@@ -41,6 +41,7 @@ class Size:
         kill_rounds: of runs that are killed at each point in each round.
         signals: at random times.
         disk_rounds: of runs whose disk gives out at each point of the last round.
+        soak: minutes of rounds with a fault every few seconds.
     """
 
     clients: int = 20
@@ -54,6 +55,7 @@ class Size:
     kill_rounds: int = 5
     signals: int = 20
     disk_rounds: int = 2
+    soak: float = 30.0
 
 
 QUICK = Size(
@@ -67,4 +69,5 @@ QUICK = Size(
     kill_rounds=1,
     signals=2,
     disk_rounds=1,
+    soak=0.5,
 )

@@ -180,7 +180,7 @@ def bench(**given: Any) -> None:  # Any: as bench.bench declares them
 
 
 @fedlora.command()
-@click.option("--only", callback=separated, metavar="A,B", help="Of uploads, fuzz, workers, ...")
+@click.option("--only", callback=separated, metavar="A,B", help="Of kills, disk, soak, ...")
 @click.option("--quick", is_flag=True, help="Few of each, in seconds.")
 @out_folder
 @as_json

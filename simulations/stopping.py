@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
+Listener = Callable[[int, FrameType | None], Any] | signal.Handlers  # Any: nobody looks at it
 GRACE = 4.0  # seconds for a command to end by itself; what was committed is safe either way
-SIGNALS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+SIGNALS: dict[signal.Signals, Listener] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
 
 
 @dataclass

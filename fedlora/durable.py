@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def write_whole(path: Path, data: bytes, point: str = "") -> None:
         if point:
             reach(f"{point}-after-rename")
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise unwritten(path, len(data), error) from None
 
 

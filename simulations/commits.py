@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from flwr.app import Context
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedlora.disk import writing
 from fedlora.durable import sync_folder, unwritten, write_whole
 from fedlora.errors import ConfigError, PrivacyError
 from fedlora.faults import reach
@@ -121,15 +123,17 @@ class Commits:
                 sync_folder(self._results.path.parent)
         except OSError as error:
             raise unwritten(manifest, len(data), error) from None
-        self._drop_old(snapshot.round)
+        with writing(self._folder):
+            self._drop_old(snapshot.round)
         reach("after-commit")
 
     def remove(self) -> None:
-        """Take all commits away: the run is finished."""
-        if self._folder.is_dir():
-            for path in self._folder.iterdir():
-                path.unlink()
-            self._folder.rmdir()
+        """Take all commits away: the run is finished.
+
+        Raises:
+            FedloraError: they cannot be.
+        """
+        drop(self._folder)
 
     def _drop_old(self, latest: int) -> None:
         """Keep the latest commits, and nothing of a round after them."""
@@ -142,6 +146,17 @@ class Commits:
         for path in self._folder.glob("round-*.safetensors"):
             if not path.with_suffix(".json").exists():
                 path.unlink()
+
+
+def drop(folder: Path) -> None:
+    """Take a folder of commits away, if it is there.
+
+    Raises:
+        FedloraError: it cannot be.
+    """
+    if folder.is_dir():
+        with writing(folder):
+            shutil.rmtree(folder)
 
 
 def latest(folder: Path, tell: Callable[[str], None]) -> Commit | None:

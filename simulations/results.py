@@ -19,6 +19,7 @@ import tomli_w
 import torch
 
 from fedlora.config import RunConfig
+from fedlora.disk import writing
 from fedlora.durable import sync_folder, sync_tree, unwritten, write_whole
 from fedlora.errors import ConfigError
 from fedlora.faults import reach
@@ -66,7 +67,8 @@ class RunFolder:
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"{lines}, line {number}: no record ({error})") from None
         if lines.exists():
-            os.truncate(lines, len(data))
+            with writing(lines):
+                os.truncate(lines, len(data))
         folder._size = len(data)
         folder._sha256.update(data)
         return folder

@@ -14,9 +14,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 
 from fedlora.config import RunConfig
+from fedlora.disk import writing
 from fedlora.errors import ConfigError, wrong
 from fedlora.ledger import Ledger
-from simulations.commits import FOLDER, Commit, Commits, latest
+from simulations.commits import FOLDER, Commit, Commits, drop, latest
 from simulations.grid import LocalGrid
 from simulations.recipe import Recipe, load
 from simulations.results import RunFolder
@@ -70,8 +71,9 @@ def state_of(folder: Path, config: RunConfig) -> State:
     """
     found = list(folder.iterdir()) if folder.is_dir() else []
     if all(path.name == ".claim" or path.match(".*.part") for path in found):
-        for path in found:
-            path.unlink()
+        with writing(folder):
+            for path in found:
+                path.unlink()
         return "new"
     same_run(folder, config_of(folder, None, None, []), config)
     return "finished" if finished(folder) else "begun"
@@ -81,10 +83,7 @@ def finished(folder: Path) -> bool:
     """Whether a run is finished; commits that it died over taking away are taken away."""
     if not (folder / "summary.json").is_file():
         return False
-    for path in (folder / FOLDER).glob("*"):
-        path.unlink()
-    for path in folder.glob(FOLDER):
-        path.rmdir()
+    drop(folder / FOLDER)
     return True
 
 

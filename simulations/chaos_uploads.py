@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message
 
 from clients.client_app import app as client_app
 from clients.resident import resident
-from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
 from fedlora.ledger import Ledger
 from fedlora.rounds import RoundRecord
 from simulations.chaos_faults import Fault, Size
@@ -22,6 +22,7 @@ from simulations.server_app import client_config, server_view, strategy_for, thr
 from strategies import METHODS, LoraStrategy
 
 CLIENTS, HOSTILE, ROUNDS = 5, 2, 2
+RANKS = (2, 4)  # the hostile client has the first
 RECIPE = (f"clients.number={CLIENTS}", "train.steps=1", "launch.pack=1", f"rounds={ROUNDS}")
 
 Answer = Callable[[Message, Message], Sequence[Message]]  # (asked, good reply) -> what is sent
@@ -72,10 +73,10 @@ class Staged(InProcessGrid):
 class Target:
     """One rule, with what its clients send."""
 
-    def __init__(self, method: str) -> None:
-        """Let the clients train, with and without the hostile one being heard."""
-        self.method = method
-        self._config: RunConfig = load("tiny").resolve(method, RECIPE)
+    def __init__(self, method: str, ranks: Sequence[int] = ()) -> None:
+        """Let the clients, of these ranks by turns, train; with the hostile one, and without."""
+        self.method, self._mixed = method, bool(ranks)
+        self._config = load("tiny").resolve(method, [*RECIPE, f"adapter.ranks={[*ranks]}"])
         self._here = resident(server_view(self._config))
         self._ledger = Ledger(Path("unused"))  # nothing private is trained
         self._with = dict[tuple[str, int], Message]()
@@ -117,7 +118,9 @@ class Target:
             if not mutator.counts and HOSTILE in record.clients:
                 return f"round {record.round}: accepted"
             said = [failure.reason for failure in record.failures if failure.client == HOSTILE]
-            known = (mutator.reason, "no reply") if mutator.frozen else (mutator.reason,)
+            known = [mutator.reason]
+            if mutator.frozen:  # where ranks differ, it is of another one than what came with it
+                known += ["no reply", *(["expected"] if self._mixed else [])]
             if not any(reason in text for text in said for reason in known):
                 return f"round {record.round}: it says {said}, not {mutator.reason!r}"
         if found.arrays != expected.arrays:
@@ -141,9 +144,9 @@ class Target:
         return Played(arrays, memory, records)
 
 
-def attacked(method: str) -> list[Tried]:
-    """One rule against all mutators."""
-    target = Target(method)
+def attacked(method: str, ranks: Sequence[int] = ()) -> list[Tried]:
+    """One rule, with clients of these ranks by turns, against all mutators."""
+    target = Target(method, ranks)
     silent = set(range(CLIENTS)) - set(target.heard.records[-1].clients)
     if silent:
         return [Tried(method, "none", f"good replies of clients {sorted(silent)} do not count")]
@@ -152,16 +155,31 @@ def attacked(method: str) -> list[Tried]:
 
 
 def uploads(size: Size) -> list[Fault]:
-    """A line for each rule."""
+    """A line for each rule, and one more where it takes clients of several ranks."""
     lines = []
     for method in size.methods or METHODS:
-        tried = attacked(method)
-        faults = [f"{one.mutator}: {one.fault}" for one in tried if one.fault]
-        seen = "; ".join(faults) or "each refused and named, adapter and memory as without it"
-        lines.append(
-            Fault(f"hostile uploads to {method}", len(tried), len(tried) - len(faults), seen)
-        )
+        lines.append(_line(f"hostile uploads to {method}", attacked(method)))
+        if takes_ranks(method):
+            lines.append(
+                _line(f"hostile uploads to {method}, ranks 2 and 4", attacked(method, RANKS))
+            )
     return lines
+
+
+def takes_ranks(method: str) -> bool:
+    """Whether a rule takes clients of several ranks."""
+    try:
+        load("tiny").resolve(method, [f"adapter.ranks={[*RANKS]}"])
+    except ConfigError:
+        return False
+    return True
+
+
+def _line(name: str, tried: Sequence[Tried]) -> Fault:
+    """What became of all mutators."""
+    faults = [f"{one.mutator}: {one.fault}" for one in tried if one.fault]
+    seen = "; ".join(faults) or "each refused and named, adapter and memory as without it"
+    return Fault(name, len(tried), len(tried) - len(faults), seen)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -11,13 +11,16 @@ from simulations import chaos
 from simulations.chaos_faults import Fault, Size
 from simulations.cli import main
 
+MIXED = ", ranks 2 and 4"
+
 
 def test_uploads_and_payloads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["chaos", "--quick", "--only", "uploads,fuzz", "--json", "--out", str(out)]) == 0
     told = json.loads(capsys.readouterr().out)
     names = [fault["name"] for fault in told["faults"]]
-    assert names == [*(f"hostile uploads to {m}" for m in ("fedavg", "rolora")), "damaged payloads"]
+    uploads = [f"hostile uploads to {m}{r}" for m in ("fedavg", "rolora") for r in ("", MIXED)]
+    assert names == [*uploads, "damaged payloads"]
     assert all(fault["held"] and fault["injected"] >= 25 for fault in told["faults"])
     assert sorted(path.name for path in out.iterdir()) == sorted(
         Path(path).name for path in told["written"]

@@ -55,13 +55,14 @@ def test_the_process_ends_in_time_whatever_hangs() -> None:
     assert GRACE < STOPPED
     code = (
         "import os, signal, sys, threading, time\n"
-        "from simulations.stopping import hearing\n"
+        "from simulations import stopping\n"
+        "stopping.GRACE = float(sys.argv[2])\n"
         "def stuck():\n"
         "    end = time.monotonic() + 600\n"
         "    while time.monotonic() < end:\n"
         "        try: time.sleep(1)\n"
         "        except KeyboardInterrupt: print('heard', flush=True)\n"
-        "with hearing():\n"
+        "with stopping.hearing():\n"
         "    signals = [signal.SIGTERM] * int(sys.argv[1])\n"
         "    def send():\n"
         "        for one in signals:\n"
@@ -69,8 +70,8 @@ def test_the_process_ends_in_time_whatever_hangs() -> None:
         "    threading.Thread(target=send, daemon=True).start()\n"
         "    stuck()\n"
     )
-    for signals in (1, 2):
-        argv = [sys.executable, "-c", code, str(signals)]
+    for signals, grace in ((1, "0.5"), (2, "600")):
+        argv = [sys.executable, "-c", code, str(signals), grace]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout) == (143, "heard\n"), done.stderr
 

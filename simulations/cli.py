@@ -113,6 +113,21 @@ def compare(**given: Any) -> None:  # Any: as commands.compare declares them
     commands.compare(**given)
 
 
+@fedlora.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--shard", "part", metavar="K/N", help="Only each N-th cell, from the K-th on.")
+@launching
+@click.option("--dry-run", is_flag=True, help="List the cells, run none.")
+def sweep(**given: Any) -> int:  # Any: as sweep_commands.sweep declares them
+    """Run a grid of changes to a recipe, described in FILE; again to go on with it.
+
+    Exit code 1 if a cell failed; the others are run all the same.
+    """
+    from simulations import sweep_commands
+
+    return sweep_commands.sweep(**given)
+
+
 @fedlora.command("list")
 @click.argument("kind", metavar="methods|tasks|models|adapters|recipes")
 @click.option("--partition", metavar="RECIPE", help="With tasks: how RECIPE deals its data.")

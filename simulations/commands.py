@@ -42,16 +42,16 @@ def run(
         config, out = resuming.config_of(resume, recipe, method, changes), resume
         if resuming.finished(resume):
             click.echo(f"fedlora: {resume}: finished already", err=True)
-            return _show([read_run(resume)], {"folder": str(resume)}, as_json)
+            return show([read_run(resume)], {"folder": str(resume)}, as_json)
     elif recipe is None:
         raise click.UsageError("Missing argument 'RECIPE'.")
     else:
         config = load(recipe).resolve(method, changes)
     if dry_run:
         return _show_dry_run(config, as_json)
-    with _watched() as progress:
+    with watched() as progress:
         folder = launch.run(config, out, progress, profile, resume is not None)
-    _show([read_run(folder)], {"folder": str(folder)}, as_json, profile)
+    show([read_run(folder)], {"folder": str(folder)}, as_json, profile)
 
 
 def compare(
@@ -88,14 +88,14 @@ def compare(
     if resume is not None:
         _alone("--resume", {"--out": out, "--profile": profile})
     again = resume is not None
-    with _watched(many=True) as progress:
+    with watched(many=True) as progress:
         folder = launch.compare(
             plan, methods, seeds, changes, resume or out, progress, profile, again
         )
     finished = collect([folder])
     written = write(finished, folder)
     where = {"folder": str(folder), "written": [str(path) for path in written]}
-    _show(finished, {**where, "left_out": left_out}, as_json, profile)
+    show(finished, {**where, "left_out": left_out}, as_json, profile)
 
 
 def report(folders: Sequence[Path], out: Path | None, as_json: bool) -> None:
@@ -110,7 +110,7 @@ def report(folders: Sequence[Path], out: Path | None, as_json: bool) -> None:
         written.append(str(keep(finished, out / KEPT)))
     if not target:
         click.echo("fedlora: nothing written; name a folder with --out for that", err=True)
-    _show(finished, {"written": written}, as_json)
+    show(finished, {"written": written}, as_json)
 
 
 def fetch(name: str | None, everything: bool) -> None:
@@ -188,7 +188,7 @@ def _show_dry_run(config: RunConfig, as_json: bool) -> None:
 
 
 @contextmanager
-def _watched(many: bool = False) -> Iterator[Progress]:
+def watched(many: bool = False) -> Iterator[Progress]:
     """Show progress; on Ctrl-C, leave the terminal as it was and say where results lie.
 
     With ``many`` runs, that is the folder of their folders.
@@ -201,7 +201,7 @@ def _watched(many: bool = False) -> Iterator[Progress]:
             raise Stopped(folder) from None
 
 
-def _show(
+def show(
     runs: Sequence[Any],  # Any: Run, as where is JSON
     where: Mapping[str, Any],
     as_json: bool,

@@ -44,7 +44,7 @@ def run(
         claim(folder)
     with open_grid(config, progress) as grid:
         grid.profiler = Profiler(started) if profile else None
-        _serve(config, grid, folder, resume)
+        serve_on(grid, config, folder, resume)
     return folder
 
 
@@ -90,7 +90,7 @@ def compare(
                 progress.note(f"{folder / name}: finished already")
                 continue
             grid.profiler = Profiler(time.perf_counter()) if profile else None
-            _serve(config, grid, folder / name, states.get(name) == "begun")
+            serve_on(grid, config, folder / name, states.get(name) == "begun")
     return folder
 
 
@@ -111,7 +111,7 @@ def open_grid(config: RunConfig, progress: Progress) -> Iterator[LocalGrid]:
         grid.close()
 
 
-def _serve(config: RunConfig, grid: LocalGrid, folder: Path, resume: bool) -> None:
+def serve_on(grid: LocalGrid, config: RunConfig, folder: Path, resume: bool = False) -> None:
     """Hand one run to the server app, as Flower's runtime would."""
     grid.forget()
     context = Context(

@@ -17,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     ProgressColumn,
+    TaskID,
     TextColumn,
 )
 from rich.progress import Progress as Bars
@@ -65,6 +66,12 @@ class Progress:
     def run_done(self) -> None:
         """The run has ended; another may follow."""
 
+    def run_failed(self) -> None:
+        """The run has ended before its time; another may follow."""
+
+    def cells_done(self, done: int, total: int, seconds_left: float | None) -> None:
+        """So many runs of a sweep are done; None before there is anything to tell the rest from."""
+
     def note(self, text: str) -> None:
         """Something worth a line of its own."""
 
@@ -100,6 +107,11 @@ class Lines(Progress):
         for line in failures(record):
             self.note(f"{self.title}: round {record.round}: {line}")
 
+    def cells_done(self, done: int, total: int, seconds_left: float | None) -> None:
+        """Print how far the sweep is."""
+        left = "" if seconds_left is None else f", about {minutes(seconds_left)} left"
+        self.note(f"sweep: {done} of {total} cells done{left}")
+
     def note(self, text: str) -> None:
         """Print the text as it stands, on one line however long."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -122,6 +134,7 @@ class LiveBars(Progress):
         self.title, self.rounds, self.last, self.failed = "", 0, "", 0
         self.round_seconds: list[float] = []
         self.started = 0.0
+        self.cells_bar: TaskID | None = None
 
     def run_started(self, title: str, rounds: int) -> None:
         """Open the bars."""
@@ -160,6 +173,17 @@ class LiveBars(Progress):
         self.last = scores(record)
         self.bars.update(self.run_bar, completed=record.round, last=self.last, deadline=deadline)
 
+    def run_failed(self) -> None:
+        """Take the run's bars away, if it has come so far as to have some."""
+        self._remove()
+
+    def cells_done(self, done: int, total: int, seconds_left: float | None) -> None:
+        """Move the sweep's own bar on, which stays above those of its runs."""
+        if self.cells_bar is None:
+            self.cells_bar = self.bars.add_task("sweep", total=total, last="", deadline=None)
+        deadline = None if seconds_left is None else time.monotonic() + seconds_left
+        self.bars.update(self.cells_bar, completed=done, deadline=deadline)
+
     def run_done(self) -> None:
         """Put one line in the place of the bars."""
         seconds = time.monotonic() - self.started
@@ -176,9 +200,10 @@ class LiveBars(Progress):
         self.bars.stop()
 
     def _remove(self) -> None:
-        """Take both bars away."""
+        """Take the run's bars away."""
         for bar in list(self.bars.task_ids):
-            self.bars.remove_task(bar)
+            if bar != self.cells_bar:
+                self.bars.remove_task(bar)
 
 
 class TimeLeft(ProgressColumn):
@@ -189,8 +214,14 @@ class TimeLeft(ProgressColumn):
         deadline = task.fields["deadline"]
         if deadline is None or task.finished:
             return Text("")
-        left = max(0, round(deadline - time.monotonic()))
-        return Text(f"{left // 60}:{left % 60:02d} left", style="progress.remaining")
+        return Text(f"{minutes(deadline - time.monotonic())} left", style="progress.remaining")
+
+
+def minutes(seconds: float) -> str:
+    """Minutes and seconds, with a colon, and hours where there are any."""
+    left = max(0, round(seconds))
+    hours = f"{left // 3600}:{left // 60 % 60:02d}" if left >= 3600 else str(left // 60)
+    return f"{hours}:{left % 60:02d}"
 
 
 def scores(record: RoundRecord) -> str:

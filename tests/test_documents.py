@@ -99,6 +99,23 @@ def test_long_comparisons_would_run() -> None:
     assert found
 
 
+def test_long_sweeps_would_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`fedlora sweep` in `sh` blocks, on the sweep that the page shows."""
+    from simulations.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    readme = ROOT / "README.md"
+    (shown,) = [block for block in blocks(readme, "toml") if "[grid]" in block]
+    (tmp_path / "skew.toml").write_text(shown)
+    lines = [line for block in blocks(readme, "sh") for line in block.splitlines()]
+    found = [shlex.split(line)[1:] for line in lines if line.startswith("fedlora sweep skew.toml")]
+    for arguments in found:
+        assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
+    assert found
+
+
 def test_long_benches_would_run() -> None:
     """`fedlora bench` commands in `sh` blocks: the bench is there, and its folder is theirs."""
     from simulations.bench import BENCHES

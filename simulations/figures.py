@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,12 @@ def sheet(path: Path, width: float, height: float) -> Iterator[Figure]:
             figure.savefig(path, dpi=150)
 
 
+def legend_room(names: Collection[str]) -> tuple[int, float]:
+    """In how many columns a legend fits below a figure, and the inches that it takes."""
+    columns = 1 if max(map(len, names)) > 40 else min(4, len(names))
+    return columns, 0.22 * math.ceil(len(names) / columns)
+
+
 def curves(runs: Sequence[Run], path: Path) -> None:
     """Four panels over the rounds: score, worst group, aggregation error, score by megabytes.
 
@@ -61,8 +67,8 @@ def curves(runs: Sequence[Run], path: Path) -> None:
     language = all(run.last.get("perplexity") is not None for run in runs)
     score, label = ("perplexity", "Perplexity") if language else ("mean", "Mean accuracy")
     second, second_label = ("loss", "Loss") if language else ("worst", "Accuracy of worst group")
-    columns = 1 if max(map(len, groups)) > 40 else min(4, len(groups))
-    with sheet(path, 9, 6.8 + 0.22 * math.ceil(len(groups) / columns)) as figure:
+    columns, height = legend_room(groups)
+    with sheet(path, 9, 6.8 + height) as figure:
         panels = figure.subplots(2, 2)
         panel(panels[0, 0], groups, label, lambda run: by_round(run, score))
         panel(panels[0, 1], groups, second_label, lambda run: by_round(run, second))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from simulations.figures import Line, by_bytes, line, panel, sheet
+from simulations.figures import Line, by_bytes, legend_room, line, panel, sheet
 from simulations.report import grouped
 from simulations.run_folders import Run
 
@@ -30,13 +30,12 @@ def virtual_time(runs: Sequence[Run], path: Path) -> bool:
         pairs = zip(run.values("virtual_seconds"), run.values(score), strict=True)
         return line([(x / unit, y) for x, y in pairs if x is not None and y is not None])
 
-    with sheet(path, 9, 4) as figure:
+    columns, height = legend_room(groups)
+    with sheet(path, 9, 3.8 + height) as figure:
         left, right = figure.subplots(1, 2)
         panel(left, groups, f"{label} by virtual time", by_clock, f"virtual {name}")
         across = "MB up and down, all clients"
         panel(right, groups, f"{label} by megabytes", lambda run: by_bytes(run, score), across)
         handles, names = left.get_legend_handles_labels()
-        figure.legend(
-            handles, names, loc="outside lower center", ncols=min(4, len(groups)), frameon=False
-        )
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     return True

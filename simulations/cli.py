@@ -128,6 +128,20 @@ def sweep(**given: Any) -> int:  # Any: as sweep_commands.sweep declares them
     return sweep_commands.sweep(**given)
 
 
+@fedlora.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--only", callback=separated, metavar="A,B", help="Rows whose names hold A or B.")
+@click.option("--backend", help="Where to run: inprocess or ray.")
+@click.option("--workers", type=int, help="On how many workers.")
+@out_folder
+@as_json
+def reproduce(**given: Any) -> int:  # Any: as reproducing.reproduce declares them
+    """Run again what made the result in FOLDER; exit code 1 if a number is another one now."""
+    from simulations import reproducing
+
+    return reproducing.reproduce(**given)
+
+
 @fedlora.command("list")
 @click.argument("kind", metavar="methods|tasks|models|adapters|recipes")
 @click.option("--partition", metavar="RECIPE", help="With tasks: how RECIPE deals its data.")

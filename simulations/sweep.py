@@ -109,7 +109,12 @@ class Sweep:
             config = self.recipe.resolve(None, [*self.changes, *changes, *more])
         except ConfigError as error:
             return Cell(slug, None, str(error))
-        return Cell(f"{slug}-{_hash(config)[:8]}", config)
+        return Cell(named(slug, config), config)
+
+
+def named(slug: str, config: RunConfig) -> str:
+    """The folder of a run: what it is called, and the beginning of what it is."""
+    return f"{slug}-{_hash(config)[:8]}"
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -116,6 +116,18 @@ def test_long_sweeps_would_run(
     assert found
 
 
+def test_what_is_to_be_reproduced_is_kept() -> None:
+    """`fedlora reproduce` in `sh` blocks, and every result that keeps runs: they resolve."""
+    from simulations.reproducing import cells_of
+
+    lines = [x for d in DOCUMENTS for block in blocks(d, "sh") for x in block.splitlines()]
+    named = [shlex.split(x)[2] for x in lines if x.startswith("fedlora reproduce")]
+    assert named
+    for folder in {*named, *(str(path.parent) for path in ROOT.glob("results/*/runs.jsonl"))}:
+        cells = cells_of(ROOT / folder)
+        assert cells and not [cell.refused for cell in cells if cell.refused], folder
+
+
 def test_long_benches_would_run() -> None:
     """`fedlora bench` commands in `sh` blocks: the bench is there, and its folder is theirs."""
     from simulations.bench import BENCHES

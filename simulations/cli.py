@@ -130,6 +130,17 @@ def sweep(**given: Any) -> int:  # Any: as sweep_commands.sweep declares them
 
 @fedlora.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--once", is_flag=True, help="Show it as it is now, and end.")
+@as_json
+def watch(**given: Any) -> None:  # Any: as watching.watch declares them
+    """Watch the run, or the runs, in FOLDER until they are finished."""
+    from simulations import watching
+
+    watching.watch(**given)
+
+
+@fedlora.command()
+@click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--only", callback=separated, metavar="A,B", help="Rows whose names hold A or B.")
 @click.option("--backend", help="Where to run: inprocess or ray.")
 @click.option("--workers", type=int, help="On how many workers.")

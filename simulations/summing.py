@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fedlora.lowrank import Adapter, LoraPair
 from fedlora.records import arrays_in, configs_in
 from fedlora.rounds import ClientUpdate
+from fedlora.sums_order import SumsOrder
 from simulations.answers import answers, failed
-from strategies.adding import SumsOrder, Totals, to_arrays, to_tensors
+from strategies.adding import Totals, to_arrays, to_tensors
 from strategies.replies import as_updates, collect
 
 SUMS, PACK = "sums", "pack-sums"  # records of the reply that carries a pack's sums
@@ -53,7 +52,7 @@ class Reducer:
         self, order: SumsOrder, messages: Sequence[Message], replies: Sequence[Message]
     ) -> list[Message]:
         """Replies without arrays, bad ones as errors; the first good one carries the sums."""
-        layout, shared = order.layout, _shared(order, messages[0])
+        layout, shared = order.layout, order.shared(_sent(messages[0]))
         updates, good, reduced, bytes_up = [], [], [], 0
         for message, reply in zip(messages, replies, strict=True):
             node = message.metadata.dst_node_id
@@ -122,13 +121,7 @@ class Fold:
                 self.totals = self.totals.plus(clients, to_tensors(arrays), bytes_up)
 
 
-def _shared(order: SumsOrder, message: Message) -> Adapter:
-    """The adapter that was sent; zeros, which no client may send, where a factor did not travel."""
+def _sent(message: Message) -> ArrayRecord:
+    """The adapter in a training message."""
     (arrays,) = arrays_in(message.content).values()
-    shapes = {(field.pair, field.factor): field.shape for field in order.fields}
-    zero = torch.zeros(())
-    pairs = {
-        pair: LoraPair(zero.expand(shapes[pair, "A"]), zero.expand(shapes[pair, "B"]), scale)
-        for pair, scale in order.scales.items()
-    }
-    return order.layout.unpack(arrays, Adapter(pairs))
+    return arrays

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,59 +12,10 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from fedlora.errors import WireError, wrong
-from fedlora.rounds import Factor, GlobalState, LocalPlan
-from fedlora.wire import Field, Layout, Ranks
-from strategies.replies import Limits
-from strategies.sums import KINDS, MeanSums, RidgeSums, Sums, Tensors
-
-
-@dataclass(frozen=True)
-class SumsOrder:
-    """What whoever adds up must know; it travels as text beside the training message.
-
-    Attributes:
-        token: of this round of this run, so that no other's updates are added.
-        sums: see ``Sums``.
-        fields, scales: the layout of what clients send.
-        train: the factors that they were to train.
-        server_round, weighted_by_key, limits: see ``replies.collect``.
-        ranks: see ``Layout``.
-    """
-
-    token: str
-    sums: MeanSums | RidgeSums
-    fields: tuple[Field, ...]
-    scales: Mapping[str, float]
-    train: tuple[Factor, ...]
-    server_round: int
-    weighted_by_key: str
-    limits: Limits
-    ranks: Ranks = "one"
-
-    def text(self) -> str:
-        """As JSON."""
-        kind = next(name for name, known in KINDS.items() if isinstance(self.sums, known))
-        return json.dumps({**asdict(self), "kind": kind})
-
-    @staticmethod
-    def read(text: str) -> SumsOrder:
-        """From JSON."""
-        given = json.loads(text)
-        given["sums"] = KINDS[given.pop("kind")](**given["sums"])
-        fields = [{**field, "shape": tuple(field["shape"])} for field in given["fields"]]
-        given["fields"] = tuple(Field(**field) for field in fields)
-        given["limits"] = Limits(**given["limits"])
-        return SumsOrder(**{**given, "train": tuple(given["train"])})
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of what clients send."""
-        return Layout(self.fields, self.scales, self.ranks)
-
-    @property
-    def plan(self) -> LocalPlan:
-        """What clients train."""
-        return LocalPlan(train=self.train)
+from fedlora.rounds import GlobalState, LocalPlan
+from fedlora.sums import Sums, Tensors
+from fedlora.sums_order import Limits, SumsOrder
+from fedlora.wire import Layout
 
 
 @dataclass(frozen=True)
@@ -122,18 +72,8 @@ class Adding:
         limits: Limits,
     ) -> Adding:
         """With a token of its own."""
-        assert isinstance(sums, MeanSums | RidgeSums)  # check_sums saw to it
-        order = SumsOrder(
-            secrets.token_hex(8),
-            sums,
-            layout.fields,
-            layout.scales,
-            plan.train,
-            server_round,
-            weighted_by_key,
-            limits,
-            layout.ranks,
-        )
+        token = secrets.token_hex(8)
+        order = SumsOrder.of(token, sums, layout, plan, server_round, weighted_by_key, limits)
         return Adding(order, check_grid(grid))
 
     def merge(self, state: GlobalState, clients: Sequence[int]) -> tuple[GlobalState, int]:

@@ -12,11 +12,12 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedlora.options import Bound, Count, CountOrZero, NonNegative, Share
+from fedlora.sums_order import Limits
 from fedlora.wire import digest
 from strategies.messages import Stage, addressed
 from strategies.own_rows import Measuring
 from strategies.record import Trace
-from strategies.replies import Limits, collect, mean_metrics
+from strategies.replies import collect, mean_metrics
 from strategies.sampling import draw, wait_for_nodes
 from strategies.server_optimizers import ServerOptions
 from strategies.world import World

@@ -26,6 +26,8 @@ from fedlora.rounds import (
     LocalPlan,
     RoundRecord,
 )
+from fedlora.sums import Sums
+from fedlora.sums_order import Limits
 from fedlora.wire import Layout, Ranks, size
 from strategies.adding import Adding, check_grid, check_sums
 from strategies.asking import Asking
@@ -35,11 +37,10 @@ from strategies.merging import next_state
 from strategies.messages import asked_of, to_measure
 from strategies.private_round import check_linear, what_is_sent
 from strategies.rank_policy import UNSAID, RankPolicy
-from strategies.replies import Limits, collect, mean_metrics
+from strategies.replies import collect, mean_metrics
 from strategies.sent_base import sent_base
 from strategies.server_optimizers import check_server
 from strategies.snapshot import Snapshot
-from strategies.sums import Sums
 from strategies.traits import Traits
 from strategies.virtual_time import ask
 
@@ -106,8 +107,8 @@ class LoraStrategy(Asking):
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """The next state from checked updates in client order; pure."""
 
-    def summed(self) -> Sums | None:
-        """The merge from sums over clients; None for a rule that needs every update by itself."""
+    def summed(self, server_round: int = 1) -> Sums | None:
+        """A round's merge from sums over clients; None for a rule that needs every update."""
         return None
 
     def check_layout(self, layout: Layout) -> None:
@@ -170,7 +171,9 @@ class LoraStrategy(Asking):
         self.trace.adapter = str(record["adapter"])
         if self.sums == "workers":
             key, limits = self.weighted_by_key, self._limits()
-            self._adding = Adding.of(grid, self.summed(), layout, plan, server_round, key, limits)
+            self._adding = Adding.of(
+                grid, self.summed(server_round), layout, plan, server_round, key, limits
+            )
             record["sums"] = self._adding.order.text()
         payload = layout.pack(self._state.adapter, plan.send, plan.personal)
         messages = self.addressed_to("train", server_round, payload, record, nodes)

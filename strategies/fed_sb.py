@@ -10,9 +10,9 @@ from typing import ClassVar
 from fedlora.errors import ConfigError
 from fedlora.lowrank import mean_adapter
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import MeanSums, Sums
 from fedlora.wire import Layout
 from strategies.base import LoraStrategy
-from strategies.sums import MeanSums, Sums
 from strategies.traits import Traits
 
 CORE = re.compile(r"\.lora_R\.weight$")
@@ -46,7 +46,7 @@ class FedSb(LoraStrategy):
         """All that the adapter trains."""
         return LocalPlan()
 
-    def summed(self) -> Sums:
+    def summed(self, server_round: int = 1) -> Sums:
         """The means."""
         return MeanSums()
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from fedlora.lowrank import mean_adapter
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import MeanSums, Sums
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
-from strategies.sums import MeanSums, Sums
 from strategies.traits import Traits
 
 
@@ -38,7 +38,7 @@ class FedAvg(LoraStrategy):
         """Both factors train and travel."""
         return LocalPlan()
 
-    def summed(self) -> Sums:
+    def summed(self, server_round: int = 1) -> Sums:
         """The means of both factors."""
         return MeanSums("AB")
 

@@ -10,10 +10,10 @@ import torch
 
 from fedlora.lowrank import Adapter, LoraPair, mean_vectors, nearest_rotation, weighted_sum
 from fedlora.options import NonNegative, Share
+from fedlora.ridge import corrected_mean
 from fedlora.rounds import ClientUpdate, Factor, GlobalState, LocalPlan, shares
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
-from strategies.ridge import corrected_mean
 from strategies.traits import Traits
 
 

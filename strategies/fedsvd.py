@@ -9,6 +9,7 @@ from typing import ClassVar
 from fedlora.lowrank import Adapter, LoraPair, best_rank, mean_vectors, weighted_sum
 from fedlora.options import Count
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import Sums, SvdSums
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
 from strategies.traits import Traits
@@ -46,6 +47,10 @@ class FedSvd(LoraStrategy):
     def plan(self, server_round: int) -> LocalPlan:
         """Only B trains; both travel to clients."""
         return LocalPlan(train=("B",))
+
+    def summed(self, server_round: int = 1) -> Sums:
+        """The mean of B, then the SVD."""
+        return SvdSums(self.every)
 
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """The mean of B by examples, then B A refactored; heads by examples."""

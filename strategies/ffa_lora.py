@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from fedlora.lowrank import Adapter, LoraPair, mean_vectors, weighted_mean
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import MeanSums, Sums
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
-from strategies.sums import MeanSums, Sums
 from strategies.traits import Traits
 
 
@@ -46,7 +46,7 @@ class FfaLora(LoraStrategy):
         """Only B trains."""
         return LocalPlan(train=("B",), send=("A", "B") if self.send_frozen else ("B",))
 
-    def summed(self) -> Sums:
+    def summed(self, server_round: int = 1) -> Sums:
         """The mean of B."""
         return MeanSums("B")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from fedlora.lowrank import mean_adapter
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import MeanSums, Sums
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
-from strategies.sums import MeanSums, Sums
 from strategies.traits import Traits
 
 
@@ -54,7 +54,7 @@ class LaLora(LoraStrategy):
         """Both factors train and travel, by turns within the round."""
         return LocalPlan(by_step=True, smooth=self.smooth)
 
-    def summed(self) -> Sums:
+    def summed(self, server_round: int = 1) -> Sums:
         """The means of both factors."""
         return MeanSums("AB")
 

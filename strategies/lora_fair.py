@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from fedlora.lowrank import Adapter, LoraPair, mean_vectors, weighted_mean
 from fedlora.options import Count, NonNegative, Positive
+from fedlora.ridge import corrected_mean
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
 from fedlora.seeds import torch_generator
+from fedlora.sums import RidgeSums, Sums
 from strategies.base import LoraStrategy
 from strategies.cosine import Target, descend
 from strategies.rank_policy import RankPolicy
-from strategies.ridge import corrected_mean
-from strategies.sums import RidgeSums, Sums
 from strategies.traits import Traits
 
 
@@ -70,7 +70,7 @@ class LoraFair(LoraStrategy):
         """Both factors train and travel."""
         return LocalPlan()
 
-    def summed(self) -> Sums | None:
+    def summed(self, server_round: int = 1) -> Sums | None:
         """Two passes for the closed form; descent needs every product."""
         return RidgeSums(self.ridge) if self.solver == "closed_form" else None
 

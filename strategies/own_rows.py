@@ -20,8 +20,9 @@ from fedlora.rounds import (
     OwnRows,
     ever_trained,
 )
+from fedlora.sums_order import Limits
 from strategies.messages import asked_of, to_measure
-from strategies.replies import Limits, Reply, collect
+from strategies.replies import Reply, collect
 
 if TYPE_CHECKING:
     from strategies.base import LoraStrategy

@@ -14,27 +14,10 @@ from fedlora.lowrank import Adapter
 from fedlora.ranks import unpacked
 from fedlora.records import arrays_in, configs_in, metrics_in
 from fedlora.rounds import HALVED, ClientUpdate, Failure, LocalPlan
+from fedlora.sums_order import Limits
 from fedlora.wire import Layout, size
 
 REASON = 300  # characters that are kept of a reason, which may be of a client's making
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a good reply keeps to.
-
-    Attributes:
-        examples: the largest weight.
-        norm: the largest L2 norm of all that it sends.
-        adapter: the fingerprint of what was sent to it; a reply may leave it out, but not name
-            another.
-        base: the digest of what was added to the frozen weights, if any was; a reply must name it.
-    """
-
-    examples: float = math.inf
-    norm: float = math.inf
-    adapter: str = ""
-    base: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from fedlora.lowrank import Adapter, LoraPair, mean_vectors, weighted_mean
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.sums import MeanSums, Sums
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
 from strategies.traits import Traits
@@ -39,6 +40,10 @@ class RoLora(LoraStrategy):
     def plan(self, server_round: int) -> LocalPlan:
         """B trains in odd rounds, A in even ones."""
         return LocalPlan(train=("B",) if server_round % 2 else ("A",))
+
+    def summed(self, server_round: int = 1) -> Sums:
+        """The mean of the round's factor."""
+        return MeanSums(*self.plan(server_round).train)
 
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """The mean of this round's factor and of the heads by examples; the other stays."""

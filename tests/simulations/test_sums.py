@@ -37,6 +37,8 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "ffa_lora, A drawn by clients": ("ffa_lora", {"send_frozen": False}),
     "lora_fair": ("lora_fair", {}),
     "lora_fair, no ridge": ("lora_fair", {"ridge": 0.0}),
+    "rolora": ("rolora", {}),
+    "fedsvd": ("fedsvd", {}),
 }
 app = ClientApp()
 

@@ -14,11 +14,10 @@ from fedlora.errors import ConfigError
 from fedlora.lowrank import Adapter, LoraPair
 from fedlora.ranks import cut, narrowed, scale_ratio, unpacked
 from fedlora.rounds import GlobalState
+from fedlora.sums import MeanSums, RidgeSums
+from fedlora.sums_order import Limits, SumsOrder
 from fedlora.wire import Layout
 from strategies import METHODS, ClientPrivacy, LoraStrategy
-from strategies.adding import SumsOrder
-from strategies.replies import Limits
-from strategies.sums import MeanSums, RidgeSums
 from tests.helpers import (
     SCALES,
     Played,

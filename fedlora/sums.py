@@ -9,9 +9,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fedlora.lowrank import Adapter, LoraPair, weighted_sum
+from fedlora.lowrank import Adapter, LoraPair, best_rank, weighted_sum
+from fedlora.ridge import Drift, RowSpace, sum_and_size
 from fedlora.rounds import ClientUpdate, GlobalState
-from strategies.ridge import Drift, RowSpace, sum_and_size
 
 Tensors = Mapping[str, Tensor]  # in float64
 WEIGHT = "weight"  # sum_k n_k; every other sum is weighted by n_k
@@ -132,7 +132,39 @@ class RidgeSums:
         return RowSpace.of(totals[f"A {name}"] / weight, size, self.ridge)
 
 
-KINDS: dict[str, type[MeanSums] | type[RidgeSums]] = {"mean": MeanSums, "ridge": RidgeSums}
+@dataclass(frozen=True)
+class SvdSums:
+    """FedSVD: the mean of B, then B A written anew with orthonormal A in every n-th round."""
+
+    two_passes: ClassVar[bool] = False
+    every: int = 1
+
+    def first(self, updates: Sequence[ClientUpdate]) -> Tensors:
+        """``sum_k n_k`` times each B and each vector."""
+        return MeanSums("B").first(updates)
+
+    def question(self, totals: Tensors) -> Tensors:
+        """Nothing: one pass is enough."""
+        return {}
+
+    def second(self, updates: Sequence[ClientUpdate], told: Tensors) -> Tensors:
+        """Nothing."""
+        return {}
+
+    def merged(self, state: GlobalState, totals: Tensors) -> GlobalState:
+        """The factors of the mean product."""
+        pairs = {}
+        for name, old in state.adapter.pairs.items():
+            A, B = old.A.double(), totals[name.format("B")] / totals[WEIGHT]
+            if (state.round + 1) % self.every == 0:
+                anew = best_rank([B], [A], rank=len(A))
+                A, B = anew.A, anew.B
+            pairs[name] = LoraPair(A.to(old.A.dtype), B.to(old.B.dtype), old.scale)
+        return _next(state, pairs, totals)
+
+
+Kind = MeanSums | RidgeSums | SvdSums
+KINDS: dict[str, type[Kind]] = {"mean": MeanSums, "ridge": RidgeSums, "svd": SvdSums}
 
 
 def _vector_sums(updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedlora.lowrank import LoraPair, weighted_sum
-from strategies.ridge import Drift, RowSpace, corrected_mean, ridge_correction, sum_and_size
+from fedlora.ridge import Drift, RowSpace, corrected_mean, ridge_correction, sum_and_size
 from tests.helpers import normal, pair, random, relative
 
 torch.set_num_threads(1)

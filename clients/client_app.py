@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from clients import attacks, measures, personal
@@ -18,6 +17,7 @@ from clients.budget import (
     train_pack_within_budget,
     train_within_budget,
 )
+from clients.masked_input import MaskingApp, masked_pack
 from clients.memory import within_memory
 from clients.packs import Outcome, train_pack
 from clients.partition_id import client_of, trainee
@@ -37,9 +37,10 @@ UNRELATED = ("shard", "shards", "ledger", "pack", "sums", "adapter")
 SMALLER = "lower train.batch_size or model.max_length, or train.checkpointing"
 
 
-class PackingApp(ClientApp):
+class PackingApp(MaskingApp):
     """A client app that can also train the clients of several messages together."""
 
+    @masked_pack
     def train_pack(
         self, messages: Sequence[Message], contexts: Sequence[Context]
     ) -> list[Message | FedloraError]:

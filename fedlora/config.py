@@ -9,6 +9,7 @@ from pydantic import Field, Strict, ValidationInfo, field_validator, model_valid
 
 from fedlora.config_clock import ClockConfig as ClockConfig
 from fedlora.config_evaluate import EvaluateConfig as EvaluateConfig
+from fedlora.config_secure import SecureConfig as SecureConfig
 from fedlora.config_train import PrivacyConfig as PrivacyConfig
 from fedlora.config_train import TrainConfig as TrainConfig
 from fedlora.options import Count, CountOrZero, Counts, Finite, Names, NonNegative, Part, Positive
@@ -143,7 +144,8 @@ class LaunchConfig(Part):
             takes what suits the model and the number of clients, 1 trains one by one.
         sums: ``workers`` checks and adds up the updates of a pack where they were trained, so that
             the server holds sums and not every client's update; the aggregation error, which
-            takes single updates, is then not measured.
+            takes single updates, is then not measured. ``masked`` lets nobody but a client see its
+            update: the server gets their sum, of rounded numbers (``SecureConfig``).
         num_cpus: cores that each worker reserves; 0 takes ``threads``.
         num_gpus: share of a GPU that each worker reserves.
         address: of a running Ray cluster to join; empty starts one on this machine.
@@ -156,7 +158,7 @@ class LaunchConfig(Part):
     threads: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     pack: CountOrZero = 0
-    sums: Literal["server", "workers"] = "server"
+    sums: Literal["server", "workers", "masked"] = "server"
     num_cpus: NonNegative = 0.0
     num_gpus: NonNegative = 0.0
     address: str = ""
@@ -211,6 +213,7 @@ class RunConfig(Part):
     evaluate: EvaluateConfig = EvaluateConfig()
     clock: ClockConfig = ClockConfig()
     launch: LaunchConfig = LaunchConfig()
+    secure: SecureConfig = SecureConfig()
 
     def client(self) -> ClientConfig:
         """The part that travels to clients."""

@@ -19,6 +19,8 @@ FACTOR_KEY = re.compile(
     r"^(?P<layer>.*\.lora_(?:embedding_)?)(?P<factor>[AB])(?P<end>(\.weight)?)$"
 )
 GLOBAL, PERSONAL = "global", "personal"  # what clients measure on rows of their own
+MASKED = "masked"  # the record and the node's setting that speak of masked sums
+INPUTS = "masked-inputs"  # a masked reply's metric, in the place of its examples: always 1
 HALVED = "halved-to"  # a reply's metric: clients that trained together, for lack of memory
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from fedlora.base_change import numbers
 from fedlora.config import RunConfig
+from fedlora.fixed_point import FixedPoint
 from fedlora.ranks import narrowed
 from fedlora.rounds import FACTORS
 from fedlora.wire import FLOATS, Layout
 from strategies import LoraStrategy
+from strategies.masked_round import words_sent
 from strategies.sampling import draw, with_spare
 
 
@@ -62,6 +64,8 @@ def traffic(config: RunConfig, strategy: LoraStrategy, layout: Layout) -> Traffi
         exact = exact and known
         ups.append(count * up)
         down = sum(field.bytes for field in layout.select(plan.send, plan.personal))
+        if strategy.sums == "masked":
+            down += words_sent(strategy.summed(server_round), layout)[1]
         asked = count
         if config.clock.mode == "rounds":
             spare = config.clock.over_select
@@ -87,6 +91,12 @@ def uploaded(
 ) -> tuple[float, bool]:
     """Bytes that a client sends in a round on average, and whether chance has no part in it."""
     plan = strategy.plan(server_round)
+    if strategy.sums == "masked":
+        secure, count = strategy.secure, taking_part(config, strategy, server_round)[0]
+        words = FixedPoint(secure.clip, secure.bits, secure.examples, int(count)).dtype
+        sums = strategy.summed(server_round)
+        one_pass = sums is not None and not sums.two_passes  # else the rank of the mean A counts
+        return int(words[4:]) // 8 * words_sent(sums, layout)[0], one_pass
     if not config.adapter.ranks:
         return sum(field.bytes for field in layout.select(plan.train, plan.personal)), True
     known = strategy.client_privacy is None

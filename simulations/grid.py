@@ -138,7 +138,8 @@ class LocalGrid(Grid):
         that are not taken may never run.
         """
         sent = [self._stamp(message) for message in messages]
-        if sent:
+        told = bool(sent) and not sent[0].metadata.message_type.startswith("query")
+        if told:
             first = sent[0].metadata
             number = int(first.group_id) if first.group_id.isdigit() else 0
             stage: Stage = "train" if first.message_type == "train" else "evaluate"
@@ -146,7 +147,8 @@ class LocalGrid(Grid):
         fold = Fold(message.metadata.dst_node_id for message in sent)
         for reply in self.deliver(sent, timeout):
             fold.take(reply)
-            self.progress.replied(reply.has_error())
+            if told:
+                self.progress.replied(reply.has_error())
             yield reply
             del reply
         self._totals = fold.totals

@@ -14,12 +14,14 @@ from typing import Any
 from clients import attacks
 from fedlora.config import ModelConfig, RunConfig
 from fedlora.errors import ConfigError, choose, unknown, wrong
+from fedlora.fixed_point import FixedPoint
 from fedlora.options import checked_options, read
 from fedlora.ranks import ranks_of
 from fedlora.rounds import FACTORS
 from simulations.clock import check_clock
 from strategies import METHODS, LoraStrategy
 from strategies.adding import check_sums
+from strategies.masked_round import check_masked
 from strategies.server_optimizers import OPTIONS, ServerOptions, check_server
 
 Table = dict[str, Any]  # Any: TOML values of several kinds
@@ -157,9 +159,13 @@ def _check_together(config: RunConfig) -> None:
     if config.adapter.ranks:
         _check_ranks(config)
     rule = METHODS[config.method](**options, ranks=ranks_of(config.adapter))
+    private = config.privacy.unit == "client"
     if config.launch.sums == "workers":
-        private = config.privacy.unit == "client"
         check_sums(config.method, rule.summed(), private, "launch.sums")
+    if config.launch.sums == "masked":
+        check_masked(config.method, rule.summed(), private, "launch.sums")
+        secure, number = config.secure, clients.training
+        FixedPoint(secure.clip, secure.bits, secure.examples, number)  # or it says why not
     check_clock(config, rule)
     if config.train.by_step:
         train = rule.plan(1).train

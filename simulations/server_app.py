@@ -177,6 +177,7 @@ def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy
         scales=scales,
         ranks=ranks_of(config.adapter),
         sums=config.launch.sums,
+        secure=config.secure,
         own_rows=Measuring(measures.every, config.clients.newcomers) if measures.personal else None,
     )
 

@@ -100,16 +100,18 @@ class Adding:
         return self.order.sums.merged(state, sums), totals.bytes_up
 
 
-def check_sums(rule: str, sums: Sums | None, private: bool, key: str = "sums") -> None:
+def check_sums(
+    rule: str, sums: Sums | None, private: bool, key: str = "sums", found: str = "workers"
+) -> None:
     """Make sure that a rule can be merged from sums; ``key`` is what asked for them.
 
     Raises:
         ConfigError: it cannot.
     """
     if private:
-        raise wrong(key, "workers", "'server': client-level privacy clips single updates")
+        raise wrong(key, found, "'server': client-level privacy clips single updates")
     if sums is None:
-        raise wrong(key, "workers", f"'server': {rule} with these options needs single updates")
+        raise wrong(key, found, f"'server': {rule} with these options needs single updates")
 
 
 def check_grid(grid: object) -> SummingGrid:

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
+from fedlora.config_secure import SecureConfig
 from fedlora.errors import ConfigError, FedloraError, PrivacyError, WireError
 from fedlora.faults import reach
 from fedlora.options import Share, checked_options
@@ -33,6 +34,7 @@ from strategies.adding import Adding, check_grid, check_sums
 from strategies.asking import Asking
 from strategies.client_privacy import ClientPrivacy
 from strategies.loop import run_rounds
+from strategies.masked_round import check_masked
 from strategies.merging import next_state
 from strategies.messages import asked_of, to_measure
 from strategies.private_round import check_linear, what_is_sent
@@ -60,7 +62,9 @@ class LoraStrategy(Asking):
             rule then merges like any other update. ``fraction_train``, ``min_train_nodes`` and
             the clients' weights count for nothing then: each would tell who took part.
         sums: ``workers``: clients' updates are checked and added up where they were trained, and
-            the aggregation error, which takes single updates, is not measured.
+            the aggregation error, which takes single updates, is not measured. ``masked``: not even
+            then is one seen by the server, see ``fedlora/masks.py``; only ``start`` can do that.
+        secure: how masked sums count, and how many clients they need.
         ranks: whether clients may be of lower ranks than the adapter; see ``Layout``.
         memory: that of the last ``GlobalState``.
     """
@@ -75,7 +79,8 @@ class LoraStrategy(Asking):
     fraction_train: Share = 1.0
     scales: Mapping[str, float] | None = None
     client_privacy: ClientPrivacy | None = None
-    sums: Literal["server", "workers"] = "server"
+    sums: Literal["server", "workers", "masked"] = "server"
+    secure: SecureConfig = field(default_factory=SecureConfig)
     ranks: Ranks = "one"
     memory: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _state: GlobalState | None = field(default=None, init=False, repr=False)
@@ -98,6 +103,8 @@ class LoraStrategy(Asking):
             check_linear(type(self).__name__, self.linear)
         if self.sums == "workers":
             check_sums(type(self).__name__, self.summed(), bool(self.client_privacy))
+        if self.sums == "masked":
+            check_masked(type(self).__name__, self.summed(), bool(self.client_privacy))
 
     @abstractmethod
     def plan(self, server_round: int) -> LocalPlan:
@@ -187,6 +194,8 @@ class LoraStrategy(Asking):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, merge and measure; ``(None, None)`` keeps the old adapter."""
         received, asked = list(replies), self.trace.asked
+        if self.sums == "masked" and received:
+            raise FedloraError("aggregate_train: found sums 'masked', which start alone can do")
         if self._state is None or self._layout is None:
             if not received:
                 return None, None

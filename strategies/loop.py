@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result
 from fedlora.faults import begin, reach
 from fedlora.rounds import RoundRecord
 from strategies.fedbuff import fedbuff_round
+from strategies.masked_round import masked_round
 from strategies.own_rows import measure_own_rows
 from strategies.record import Trace
 from strategies.virtual_time import check_world, in_time, time_of
@@ -49,7 +50,7 @@ def run_rounds(
         trained = evaluated = central = None
         if server_round:
             config = ConfigRecord(dict(train_config))
-            train = fedbuff_round if _buffered(strategy) else _round
+            train = _way(strategy)
             merged, trained = train(strategy, grid, server_round, arrays, config, timeout)
             arrays = result.arrays = merged or arrays
         strategy.trace.virtual_seconds = time_of(strategy)
@@ -92,6 +93,8 @@ def _round(
     return strategy.aggregate_train(server_round, replies)
 
 
-def _buffered(strategy: LoraStrategy) -> bool:
-    """Whether updates are merged by FedBuff."""
-    return strategy.world is not None and strategy.world.clock.mode == "fedbuff"
+def _way(strategy: LoraStrategy) -> Callable[..., tuple[ArrayRecord | None, MetricRecord | None]]:
+    """How updates come together: by FedBuff, as masked sums, or one by one."""
+    if strategy.world is not None and strategy.world.clock.mode == "fedbuff":
+        return fedbuff_round
+    return masked_round if strategy.sums == "masked" else _round

@@ -116,8 +116,8 @@ def check_world(strategy: LoraStrategy) -> None:
         reason = f"{rule}, which does more than average changes"
     elif strategy.plan(1) != strategy.plan(2):
         reason = f"{rule}: an update from an older round has trained another factor"
-    elif strategy.sums == "workers":
-        reason = "sums on workers, which see no update's age"
+    elif strategy.sums != "server":
+        reason = f"launch.sums = {strategy.sums!r}, which sees no update's age"
     elif strategy.ranks != "one":
         reason = "clients of several ranks"
     if reason:

@@ -81,7 +81,7 @@ class Turn:
                 f"masked sums: {len(included)} clients are to be in the sum, allowed: "
                 f"{roster.threshold} or more of those that gave keys, this one among them"
             )
-        fixed = FixedPoint(*(cast(float, asked["clip"]), *_whole(asked, "bits", "examples", "of")))
+        fixed = FixedPoint(cast(float, asked["clip"]), *_whole(asked, "bits", "examples", "of"))
         if len(included) > fixed.clients:
             raise WireError("masked sums: more clients than sums were sized for")
         sealed = cast(list[bytes], asked["sealed"])
@@ -129,8 +129,10 @@ class Turn:
     def keep(self, context: Context, kept: ArrayRecord | None = None) -> None:
         """Note that the part was put in, and what a second pass needs."""
         state = configs_in(context.state)[STATE]
-        more = {"included": masking.names(self.included), "sealed": self.sealed}
-        context.state[STATE] = ConfigRecord({**state, **more, "stage": "masked"})
+        included = masking.names(self.included)
+        context.state[STATE] = ConfigRecord(
+            {**state, "included": included, "sealed": self.sealed, "stage": "masked"}
+        )
         if kept is not None and self.order.sums.two_passes:
             context.state[KEPT] = kept
 

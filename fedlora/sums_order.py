@@ -11,7 +11,7 @@ import torch
 
 from fedlora.lowrank import Adapter, LoraPair
 from fedlora.rounds import Factor, LocalPlan
-from fedlora.sums import KINDS, Kind, Sums
+from fedlora.sums import KINDS, Kind, Sums, known
 from fedlora.wire import Arrays, Field, Layout, Ranks
 
 
@@ -67,10 +67,9 @@ class SumsOrder:
         limits: Limits,
     ) -> SumsOrder:
         """Of a rule's sums in a round."""
-        assert isinstance(sums, tuple(KINDS.values()))  # those who ask have checked it
         return SumsOrder(
             token,
-            sums,
+            known(sums),
             layout.fields,
             layout.scales,
             plan.train,

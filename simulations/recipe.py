@@ -166,6 +166,10 @@ def _check_together(config: RunConfig) -> None:
         check_masked(config.method, rule.summed(), private, "launch.sums")
         secure, number = config.secure, clients.training
         FixedPoint(secure.clip, secure.bits, secure.examples, number)  # or it says why not
+        spare = config.clock.over_select
+        if config.clock.mode == "rounds" and spare * secure.threshold >= 1:
+            allowed = f"below {1 / secure.threshold:g}, since more must last (secure.threshold)"
+            raise wrong("clock.over_select", spare, allowed)
     check_clock(config, rule)
     if config.train.by_step:
         train = rule.plan(1).train

@@ -86,8 +86,7 @@ class MaskedSum:
         found = self._ask("keys", dict.fromkeys(nodes, ConfigRecord({**ask})), self._keys)
         for node in _with_others_keys(found):
             del found[node]
-            error = WireError("keys: gave a key that another client has")
-            self.failures.append(refusal(self.asked[node], "train", error))
+            self._refuse(node, "keys: gave a key that another client has")
         self._enough(found, "gave keys")
         self.roster = Roster(self.token, self.threshold, dict(sorted(found.items())))
         told = ConfigRecord(
@@ -177,9 +176,12 @@ class MaskedSum:
                 reasons[node] = str(error)
         for node, reason in reasons.items():
             if node not in found:
-                error = WireError(f"{step}: {reason}")
-                self.failures.append(refusal(self.asked[node], "train", error))
+                self._refuse(node, f"{step}: {reason}")
         return found
+
+    def _refuse(self, node: int, reason: str) -> None:
+        """Note why a client does not count, or has helped no further."""
+        self.failures.append(refusal(self.asked[node], "train", WireError(reason)))
 
     def _enough(self, found: Mapping[int, object], what: str) -> None:
         """Refuse to go on with too few."""

@@ -13,7 +13,7 @@ from fedlora.faults import reach
 from fedlora.fixed_point import Words
 from fedlora.masked_vector import HEAD, decoded, first_like, numbers, second_like, tensors
 from fedlora.rounds import INPUTS, MASKED, GlobalState, LocalPlan
-from fedlora.sums import KINDS, RidgeSums, Sums, Tensors
+from fedlora.sums import RidgeSums, Sums, Tensors, known
 from fedlora.sums_order import Limits, SumsOrder
 from fedlora.wire import Layout, size
 from strategies.adding import check_sums, to_arrays
@@ -66,10 +66,10 @@ def check_masked(rule: str, sums: Sums | None, private: bool, key: str = "sums")
 
 def words_sent(sums: Sums | None, layout: Layout) -> tuple[int, int]:
     """How many words a client sends in a round of these sums, and bytes a second pass tells it."""
-    assert isinstance(sums, tuple(KINDS.values()))  # check_masked saw to it
-    like = first_like(sums, layout)
-    told = sums.question(like)
-    again = numbers(second_like(sums, layout, told)) if told else 0
+    kind = known(sums)
+    like = first_like(kind, layout)
+    told = kind.question(like)
+    again = numbers(second_like(kind, layout, told)) if told else 0
     return HEAD + numbers(like) + again, sum(tensor.nbytes for tensor in told.values())
 
 

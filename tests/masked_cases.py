@@ -16,14 +16,13 @@ from simulations.grid import InProcessGrid
 from strategies.base import LoraStrategy
 from tests.helpers import SCALES, random_adapter, record_of
 
-START = random_adapter(100)
+START = random_adapter(100, dtype=torch.float32)
 app = MaskingApp()
 
 
 def update_of(client: int, server_round: int = 1) -> Adapter:
     """What a client trains, in float32 as everywhere."""
-    drawn = random_adapter(client + 1 + 50 * server_round, dtype=torch.float32)
-    return drawn
+    return random_adapter(client + 1 + 50 * server_round, dtype=torch.float32)
 
 
 def examples_of(client: int) -> int:
@@ -104,13 +103,9 @@ def run(strategy: LoraStrategy, grid: InProcessGrid, rounds: int = 1, **clients:
     """Rounds of made-up updates from ``START``; ``client_3="nan"`` says how a client behaves."""
     records: list[RoundRecord] = []
     ask = {key.replace("_", "-"): value for key, value in clients.items()}
-    start = Adapter(
-        {n: type(p)(p.A.float(), p.B.float(), p.scale) for n, p in START.pairs.items()},
-        {n: v.float() for n, v in START.vectors.items()},
-    )
     result = strategy.start(
         grid,
-        record_of(start),
+        record_of(START),
         num_rounds=rounds,
         train_config=ConfigRecord({**ask}),
         on_round=lambda record, _: records.append(record),

@@ -32,7 +32,7 @@ def _cells(kind: type[LoraStrategy]) -> dict[str, str]:
         "ranks": kind.mixed_ranks.way,
         "noise": said.noise if said else NOTHING,
         "client privacy": "yes" if kind.linear else "no",
-        "sums on workers": passes,
+        "sums": passes,
         "up": _shown(said.up) if said else NOTHING,
         "down": _shown(said.down) if said else NOTHING,
     }

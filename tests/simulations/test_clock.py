@@ -48,7 +48,7 @@ REFUSED = {
     ),
     "sums": (
         ["clock.mode=fedbuff", "clock.buffer=2", "launch.sums=workers"],
-        "clock.mode: found 'fedbuff', .* sums on workers",
+        "clock.mode: found 'fedbuff', .* launch.sums = 'workers'",
     ),
     "ranks": (
         ["clock.mode=fedbuff", "clock.buffer=2", "adapter.ranks=[2, 4]"],

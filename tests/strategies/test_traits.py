@@ -240,7 +240,7 @@ def test_the_table_has_a_row_for_every_rule_and_says_when_one_says_nothing(
     assert list(rows) == [f"`{name}`" for name in METHODS]
     assert rows["`silent`"]["exact"] == rows["`silent`"]["up"] == rules_table.NOTHING
     assert rows["`rolora`"]["up"] == "r d_out, then r d_in"
-    assert [rows[f"`{n}`"]["sums on workers"] for n in ("fedavg", "lora_fair", "krum")] == [
+    assert [rows[f"`{n}`"]["sums"] for n in ("fedavg", "lora_fair", "krum")] == [
         "1 pass",
         "2 passes",
         "no",

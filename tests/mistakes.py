@@ -53,6 +53,11 @@ ARTEFACTS = "simulations/test_private_artefacts.py::"
 PACKS = "clients/test_private_cohort.py::"
 RANKS = "clients/test_ranks.py::"
 OWN = "clients/test_own_rank.py::"
+MASKS = "fedlora/test_masks.py::"
+FIXED = "fedlora/test_fixed_point.py::"
+MASKING = "clients/test_masking.py::"
+MASKED_ROUNDS = "strategies/test_masked.py::"
+MASKED_RUNS = "simulations/test_masked_run.py::"
 
 PER_LAYER = """    def clip_and_accumulate(self):
         for p in self.params:
@@ -487,6 +492,188 @@ MISTAKES = (
         "key=lambda index: -steps[index]",
         "key=lambda index: steps[index]",
         PACKS + "test_every_setting_equals_opacus",
+    ),
+    Mistake(
+        "masked sums without a mask of each client's own",
+        "fedlora/masks.py",
+        '    found = words + keystream(_derived(mine.own, "own"), len(words), words.dtype.name)\n',
+        "    found = words.copy()\n",
+        MASKS + "test_an_upload_looks_uniform_to_whoever_lacks_a_mask",
+    ),
+    Mistake(
+        "masked sums without masks between clients",
+        "fedlora/masks.py",
+        "        if other != node:\n            _add_pair(found, roster, node, other, mine.mask)\n",
+        "        pass\n",
+        MASKS + "test_an_upload_looks_uniform_to_whoever_lacks_a_mask",
+    ),
+    Mistake(
+        "masked sums whose masks add up",
+        "fedlora/masks.py",
+        "    if node < other:\n",
+        "    if True:\n",
+        MASKS + "test_the_sum_of_who_lasts_is_the_sum_in_the_clear",
+    ),
+    Mistake(
+        "masked sums whose masks are the same in every sum",
+        "fedlora/masks.py",
+        'f"mask {roster.token} {low} {high}"',
+        'f"mask {low} {high}"',
+        MASKS + "test_every_use_has_a_key_of_its_own",
+    ),
+    Mistake(
+        "masked sums with secrets from a seed",
+        "fedlora/masks.py",
+        "Secrets(*(secrets.token_bytes(SECRET) for _ in range(3)))",
+        "Secrets(*(numpy.random.bytes(SECRET) for _ in range(3)))",
+        MASKS + "test_no_seed_decides_a_secret",
+    ),
+    Mistake(
+        "masked sums that a third of the clients can open",
+        "fedlora/masks.py",
+        "if count < 2 or not 2 * count < 3 * self.threshold <= 3 * count:",
+        "if count < 2 or not 1 <= self.threshold <= count:",
+        MASKS + "test_a_roster_that_would_tell_of_one_client_is_refused",
+    ),
+    Mistake(
+        "masked sums with shares in the clear",
+        "fedlora/masks.py",
+        "        found[other] = nonce + text\n",
+        "        found[other] = nonce + own + mask + text[-16:]\n",
+        MASKS + "test_sealed_shares_open_to_their_receiver_alone_and_as_they_were",
+    ),
+    Mistake(
+        "masked sums that forget who dropped out",
+        "fedlora/masks.py",
+        "            _add_pair(found, roster, node, other, secret)\n",
+        "            pass\n",
+        MASKS + "test_the_sum_of_who_lasts_is_the_sum_in_the_clear",
+    ),
+    Mistake(
+        "masked sums that take any recovered key",
+        "fedlora/masks.py",
+        "        if public_key(secret) != roster.keys[node].mask:\n",
+        "        if False:\n",
+        MASKS + "test_a_recovered_key_is_held_to_the_public_one",
+    ),
+    Mistake(
+        "masked sums opened with too few shares",
+        "fedlora/shares.py",
+        "    if len(shares) < threshold:\n",
+        "    if not shares:\n",
+        MASKS + "test_too_few_shares_open_nothing",
+    ),
+    Mistake(
+        "masked sums of numbers cut to the clip",
+        "fedlora/fixed_point.py",
+        "        if not largest <= self.clip:\n",
+        "        values = values.clip(-self.clip, self.clip)\n        if False:\n",
+        FIXED + "test_a_value_beyond_the_clip_is_named_not_cut",
+    ),
+    Mistake(
+        "masked sums rounded down",
+        "fedlora/fixed_point.py",
+        "numpy.rint(values / self.clip * self.largest)",
+        "numpy.floor(values / self.clip * self.largest)",
+        FIXED + "test_a_weighted_mean_of_levels_is_off_by_half_a_level",
+    ),
+    Mistake(
+        "masked sums in words that wrap",
+        "fedlora/fixed_point.py",
+        '"uint32" if self._reach < 2**31 else "uint64"',
+        '"uint32" if self._reach < 2**33 else "uint64"',
+        FIXED + "test_words_are_as_wide_as_sums_need",
+    ),
+    Mistake(
+        "masked sums for which a client reveals both secrets",
+        "clients/masking.py",
+        "    if sorted([*lasted, *dropped]) != included:\n",
+        "    if {*lasted, *dropped} != {*included}:\n",
+        MASKING + "test_one_kind_of_share_of_each_client",
+    ),
+    Mistake(
+        "masked sums in which a client reveals the other secret",
+        "clients/masking.py",
+        "own if sender in lasted else mask",
+        "mask if sender in lasted else own",
+        MASKING + "test_one_kind_of_share_of_each_client",
+    ),
+    Mistake(
+        "masked sums that open for a few",
+        "clients/masking.py",
+        "    if len(lasted) < roster.threshold or node not in lasted:\n",
+        "    if node not in lasted:\n",
+        MASKING + "test_one_kind_of_share_of_each_client",
+    ),
+    Mistake(
+        "masked sums with two uploads under one mask",
+        "clients/masking.py",
+        '    if state.get("token") != asked["token"] or state.get("stage") != stage:\n',
+        '    if state.get("token") != asked["token"]:\n',
+        MASKING + "test_each_step_is_taken_once_and_in_order",
+    ),
+    Mistake(
+        "masked sums whose secrets stay",
+        "clients/masking.py",
+        "    context.state[STATE] = ConfigRecord({**done})\n",
+        "    context.state[STATE] = ConfigRecord({**state, **done})\n",
+        MASKING + "test_secrets_last_from_process_to_process_and_no_longer_than_the_sum",
+    ),
+    Mistake(
+        "masked sums with a roster nobody looks at",
+        "clients/masking.py",
+        "    if roster.keys.get(node) != mine.public():\n",
+        "    if False:\n",
+        MASKING + "test_a_client_looks_at_the_roster_it_is_given",
+    ),
+    Mistake(
+        "masked sums with few clients to hide among",
+        "clients/masked_input.py",
+        "or len(included) < roster.threshold:",
+        "or not included:",
+        MASKING + "test_a_client_looks_at_who_is_to_be_in_the_sum",
+    ),
+    Mistake(
+        "masked sums whose second pass is over fewer clients",
+        "clients/masking.py",
+        "    if whole and lasted != whole:\n",
+        "    if False:\n",
+        MASKING + "test_a_second_pass_is_over_the_same_clients_and_their_own_updates",
+    ),
+    Mistake(
+        "masked sums that a node cannot insist on",
+        "clients/masked_input.py",
+        "            if masking.floor(context):\n",
+        "            if False:\n",
+        MASKING + "test_a_node_may_refuse_what_is_not_masked_or_of_too_few",
+    ),
+    Mistake(
+        "masked sums beside which examples travel in the clear",
+        "clients/masked_input.py",
+        "MetricRecord({INPUTS: 1})",
+        'MetricRecord({INPUTS: 1, "n": int(words[0])})',
+        MASKED_ROUNDS + "test_no_message_to_the_server_tells_an_update_or_its_examples",
+    ),
+    Mistake(
+        "masked sums of updates that nobody checks",
+        "clients/masked_input.py",
+        "            order.limits.norm,\n",
+        "",
+        MASKED_ROUNDS + "test_a_client_checks_its_own_update",
+    ),
+    Mistake(
+        "masked sums whose garbage is merged",
+        "fedlora/masked_vector.py",
+        "    if int(numpy.abs(whole).max(initial=0)) > examples * fixed.largest:\n",
+        "    if False:\n",
+        MASKED_ROUNDS + "test_garbage_costs_the_round_never_the_adapter",
+    ),
+    Mistake(
+        "masked sums charged after the upload",
+        "clients/budget.py",
+        "    gate.charge()\n    return done\n",
+        "    return done\n",
+        MASKED_RUNS + "test_the_ledger_is_charged_before_the_masked_upload_is_made",
     ),
 )
 

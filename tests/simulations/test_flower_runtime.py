@@ -51,10 +51,15 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
             process.send_signal(signal.SIGKILL)
 
 
-def test_the_readme_command_gives_the_same_rounds(tmp_path: Path, flower: dict[str, str]) -> None:
+@pytest.mark.parametrize("sums", ["server", pytest.param("masked", marks=pytest.mark.slow)])
+def test_the_readme_command_gives_the_same_rounds(
+    tmp_path: Path, flower: dict[str, str], sums: str
+) -> None:
+    """Also of masked sums, whose clients are a new process for each message."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^flwr run .*?[^\\]\n(?=```)", text, flags=re.MULTILINE | re.DOTALL)
     folder = tmp_path / "run"
+    command = command.replace("rounds=2", f"rounds=2 launch.sums={sums}")
     words = shlex.split(command.replace("\\\n", " ").replace("/tmp/flower-run", str(folder)))
     for _ in range(6):  # Flower gives its SuperLink 15 s to start, which a busy machine may need
         done = subprocess.run(
@@ -64,7 +69,8 @@ def test_the_readme_command_gives_the_same_rounds(tmp_path: Path, flower: dict[s
             break
     assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
 
-    here = launch.run(load("tiny").resolve(None, ["rounds=2"]), tmp_path / "here", Progress())
+    config = load("tiny").resolve(None, ["rounds=2", f"launch.sums={sums}"])
+    here = launch.run(config, tmp_path / "here", Progress())
     seen, expected = (
         [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
         for path in (folder, here)

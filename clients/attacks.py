@@ -191,6 +191,10 @@ def check_task(clients: ClientsConfig, task: Task) -> None:
         return
     if task.objective != "classify":
         raise wrong("clients.attack", clients.attack, f"on a text task, {', '.join(ON_UPDATES)}")
+    if task.at_clients is not None and clients.attack == "backdoor":
+        others = ", ".join(name for name in ATTACKS if name != "backdoor")
+        allowed = f"with task {task.name!r}, whose held-out rows are the clients' own: {others}"
+        raise wrong("clients.attack", clients.attack, allowed)
     target, last = options.get("target", TARGET), len(task.label_names) - 1
     if target > last:
         allowed = f"0 to {last} ({', '.join(task.label_names)})"

@@ -19,14 +19,15 @@ from clients.budget import (
 )
 from clients.masked_input import MaskingApp, masked_pack
 from clients.memory import within_memory
+from clients.node_places import counted, heed
 from clients.packs import Outcome, train_pack
-from clients.partition_id import client_of, trainee
+from clients.partition_id import client_of, config_of, trainee
 from clients.pruned_rank import Pruning
 from clients.resident import Resident, Trained, resident
 from fedlora import wire
 from fedlora.adapters import load_into
 from fedlora.config import ClientConfig
-from fedlora.errors import ConfigError, FedloraError, PrivacyError, WireError, wrong
+from fedlora.errors import FedloraError, PrivacyError, WireError, wrong
 from fedlora.faults import begin, reach
 from fedlora.records import arrays_in
 from fedlora.rounds import FACTORS, PIECES, Factor, Piece
@@ -53,7 +54,7 @@ class PackingApp(MaskingApp):
             MemoryLimitError: nor can so many of them on this device; nothing was charged or sent.
             FedloraError: the messages cannot be carried out.
         """
-        order = _order(messages[0])
+        order = _order(messages[0], contexts)
         clients = [trainee(context, order.config) for context in contexts]
         told = dict(zip(clients, contexts, strict=True))
         order.here.pruning = Pruning.of(order.ask, order.config.adapter, told)
@@ -79,7 +80,7 @@ app = PackingApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of local training from the arrays in the message."""
-    order = _order(message)
+    order = _order(message, [context])
     client = trainee(context, order.config)
     here, config, server_round = order.here, order.config, order.server_round
     here.pruning = Pruning.of(order.ask, config.adapter, {client: context})
@@ -112,21 +113,10 @@ def evaluate(message: Message, context: Context) -> Message:
     reach("evaluation")
     shard, shards = int(cast(int, ask["shard"])), int(cast(int, ask["shards"]))
     turn("evaluation")
-    groups = here.evaluate(shard, shards, config.train)
+    heed(here.own, config, [context])
+    groups = here.evaluate(shard, shards, config.train, client)
     turn("transport")
-    examples = sum(measured.examples for measured in groups.values())
-    if not examples:
-        raise ConfigError(f"client {client}: no held-out examples in its share of the data")
-    metrics: dict[str, int | float | list[int] | list[float]] = {
-        "num-examples": examples,
-        "loss": sum(measured.loss for measured in groups.values()) / examples,
-        "accuracy": sum(measured.correct for measured in groups.values()) / examples,
-    }
-    for name, measured in groups.items():
-        metrics[f"group.{name}.accuracy"] = measured.correct / measured.examples
-        metrics[f"group.{name}.examples"] = measured.examples
-    if here.task.objective == "language":
-        metrics["language"] = 1
+    metrics = measures.told(client, groups, here.task.objective)
     content = RecordDict(
         {
             "metrics": MetricRecord(metrics),
@@ -139,7 +129,7 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.evaluate("personal")
 def evaluate_personally(message: Message, context: Context) -> Message:
     """Measure the arrays in the message, and what becomes of them here, on rows of one's own."""
-    order = _order(message)
+    order = _order(message, [context])
     here, config = order.here, order.config
     client = client_of(context, config)
     own = personal.own(here, context, order.personal)
@@ -149,6 +139,9 @@ def evaluate_personally(message: Message, context: Context) -> Message:
     said = ConfigRecord({"client": client, **_heeded(here)})
     content = RecordDict({"metrics": MetricRecord(metrics), "reply": said})
     return Message(content=content, reply_to=message)
+
+
+app.query()(counted)
 
 
 @dataclass(frozen=True)
@@ -162,10 +155,11 @@ class _Order:
     ask: ConfigRecord
     tensors: Mapping[str, Tensor]
     personal: tuple[Piece, ...]
+    ledgers: Mapping[int, Path]
 
 
-def _order(message: Message) -> _Order:
-    """Read a training message."""
+def _order(message: Message, contexts: Sequence[Context]) -> _Order:
+    """Read a training message for the clients of these contexts."""
     ask = cast(ConfigRecord, message.content["config"])
     here, config = _prepare(ask)
     server_round = int(cast(int, ask["server-round"]))
@@ -177,7 +171,8 @@ def _order(message: Message) -> _Order:
     if config.train.by_step and set(factors) != set(FACTORS):
         raise wrong("train.by_step", True, f"false where {factors[0]} alone trains")
     tensors = _load(here, message, ask)
-    return _Order(here, config, server_round, factors, ask, tensors, _personal(ask))
+    ledgers = heed(here.own, config, contexts)
+    return _Order(here, config, server_round, factors, ask, tensors, _personal(ask), ledgers)
 
 
 def _train_pack(
@@ -235,10 +230,7 @@ def _prepare(ask: ConfigRecord) -> tuple[Resident, ClientConfig]:
     Raises:
         WireError: the message carries no Fedlora configuration, or another base model's.
     """
-    text = ask.get("fedlora")
-    if not isinstance(text, str):
-        raise WireError("the message has no 'fedlora' entry; is the server a Fedlora server?")
-    config = ClientConfig.model_validate_json(text)
+    config = config_of(ask)
     turn("start-up")
     here = resident(config)
     follow(here.model)
@@ -264,7 +256,7 @@ def _proposal(order: _Order, client: int, start: Mapping[str, Tensor]) -> Propos
     settings |= _heeded(order.here)
     tensors = {**order.here.own_rank(client).cut(order.tensors), **start}
     release = release_of(client, settings, tensors, order.here.rows(client))
-    return Proposal(float(noise[client]), Path(ledger), release)
+    return Proposal(float(noise[client]), order.ledgers.get(client, Path(ledger)), release)
 
 
 def _load(here: Resident, message: Message, ask: ConfigRecord) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a client measures on rows of its own that never trained."""
+"""What a client measures: its part of the held-out rows, and rows of its own that never trained."""
 
 from __future__ import annotations
 
@@ -7,13 +7,39 @@ from collections.abc import Mapping, Sequence
 import numpy
 from torch import Tensor
 
-from clients.local import Rows, evaluate, train
+from clients.local import Measured, Rows, evaluate, train
 from clients.resident import Resident
 from fedlora.adapters import load_into
 from fedlora.config import ClientConfig
+from fedlora.errors import ConfigError
 from fedlora.rounds import GLOBAL, PERSONAL, Factor
 from fedlora.seeds import ambient, numpy_generator
 from fedlora.stopwatch import turn
+from fedlora.tasks.task import Objective
+
+Number = int | float | list[int] | list[float]  # as Flower's records have it
+
+
+def told(client: int, groups: Mapping[str, Measured], objective: Objective) -> dict[str, Number]:
+    """What a client says of the task's held-out rows that it measured, by their groups.
+
+    Raises:
+        ConfigError: there were none.
+    """
+    examples = sum(seen.examples for seen in groups.values())
+    if not examples:
+        raise ConfigError(f"client {client}: no held-out examples in its share of the data")
+    metrics: dict[str, Number] = {
+        "num-examples": examples,
+        "loss": sum(seen.loss for seen in groups.values()) / examples,
+        "accuracy": sum(seen.correct for seen in groups.values()) / examples,
+    }
+    for name, seen in groups.items():
+        metrics[f"group.{name}.accuracy"] = seen.correct / seen.examples
+        metrics[f"group.{name}.examples"] = seen.examples
+    if objective == "language":
+        metrics["language"] = 1
+    return metrics
 
 
 def measured(

@@ -1,13 +1,25 @@
-"""Which client a Flower node is, and whether it may train."""
+"""Which client a Flower node is, in which run, and whether it may train."""
 
 from __future__ import annotations
 
 from typing import cast
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 
 from fedlora.config import ClientConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, WireError
+
+
+def config_of(ask: ConfigRecord) -> ClientConfig:
+    """The configuration of the run that a message belongs to.
+
+    Raises:
+        WireError: it carries none.
+    """
+    text = ask.get("fedlora")
+    if not isinstance(text, str):
+        raise WireError("the message has no 'fedlora' entry; is the server a Fedlora server?")
+    return ClientConfig.model_validate_json(text)
 
 
 def client_of(context: Context, config: ClientConfig) -> int:

@@ -10,13 +10,14 @@ from functools import lru_cache
 
 import numpy
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clients.attacks import backdoored, check_task, rows_of
+from clients.encoded import Encoded
 from clients.frozen import FrozenBase
 from clients.local import Measured, Rows, evaluate, train
 from clients.own_rank import OwnRank
+from clients.own_rows import holdings
 from clients.pruned_rank import Pruning
 from clients.pruning import Tail
 from fedlora import wire
@@ -24,7 +25,6 @@ from fedlora.adapters import AdaptedModel, attach, load_into
 from fedlora.config import ClientConfig, PrivacyConfig, TrainConfig
 from fedlora.errors import ConfigError
 from fedlora.models import fingerprint, load_model, move
-from fedlora.partition import hold_back, partition
 from fedlora.rounds import FACTORS, Factor, Piece, piece_of
 from fedlora.seeds import ambient, derive, numpy_generator
 from fedlora.system_random import SystemRandom
@@ -57,13 +57,10 @@ class Resident:
         self.config = config
         self.task: Task = load_task(config.task)
         check_task(config.clients, self.task)
-        dealt = partition(self.task, config.clients, config.seed)
-        self.parts: Sequence[NDArray[numpy.int64]] = dealt
-        self._held_back: Sequence[NDArray[numpy.int64]] = ()
-        if config.evaluate.personal:
-            self.parts, self._held_back = hold_back(dealt, config.evaluate.holdout, config.seed)
+        self.own, self.parts, self._held_back = holdings(config, self.task)
         base = load_model(config.model, len(self.task.label_names), self.task.objective)
-        base.encode(self.task.train.take(numpy.arange(1)))  # texts for texts, images for images
+        if len(self.task.train):
+            base.encode(self.task.train.take(numpy.arange(1)))  # texts for texts, images for images
         self.fingerprint = fingerprint(base.module)
         self.model: AdaptedModel = attach(base, config.adapter, config.seed)
         if fixed := self.model.fixed():
@@ -78,8 +75,7 @@ class Resident:
         self.base = FrozenBase(self.model)
         self.packable: set[tuple[Factor, ...]] = set()  # what was found fit to train in packs
         self.pruning = Pruning()  # of the message at hand
-        self._data: OrderedDict[int, Rows] = OrderedDict()
-        self._held_out: Rows | None = None
+        self._data, self._held_out = Encoded(KEPT_CLIENTS), Encoded(KEPT_CLIENTS)
         self._fingerprints: dict[tuple[Factor, ...], str] = {}
 
     def load(
@@ -209,23 +205,28 @@ class Resident:
         noise = torch.Generator(self.device).manual_seed(derive(*stream))
         return self.stream(client, server_round, f"poisson {release}"), noise
 
-    def evaluate(self, shard: int, shards: int, config: TrainConfig) -> dict[str, Measured]:
-        """Measure what was loaded on every ``shards``-th held-out row, by group; none is empty."""
-        if self._held_out is None:
-            self._held_out = self._encode(self._measured())
-        groups = self._measured().groups
-        order = numpy.arange(shard, len(groups), shards, dtype=numpy.int64)
-        found = evaluate(
-            self.model.module, self._held_out, order, groups[order], self.task.objective, config
-        )
-        return {self.task.group_names[group]: measured for group, measured in found.items()}
+    def evaluate(
+        self, shard: int, shards: int, config: TrainConfig, client: int = 0
+    ) -> dict[str, Measured]:
+        """Measure what was loaded on every ``shards``-th held-out row, by group; none is empty.
+
+        Where clients have rows of their own, on all those that ``client`` holds out.
+        """
+        task, (first, step) = self.task_of(client), (shard, shards) if self.own is None else (0, 1)
+        measured = self._measured(task)
+        whose = 0 if self.own is None else client
+        rows = self._held_out.rows(whose, task, lambda: self._encode(measured))
+        order = numpy.arange(first, len(measured), step)
+        groups, objective = measured.groups[order], task.objective
+        found = evaluate(self.model.module, rows, order, groups, objective, config)
+        return {task.group_names[group]: seen for group, seen in found.items()}
 
     def backdoor_success(self, config: TrainConfig) -> float | None:
         """The share of held-out rows of other labels that the backdoor's trigger turns to its own.
 
         Of what was loaded; None where the attack is no backdoor.
         """
-        examples = backdoored(self.config.clients, self._measured())
+        examples = backdoored(self.config.clients, self._measured(self.task))
         if examples is None:
             return None
         order = numpy.arange(len(examples), dtype=numpy.int64)
@@ -234,8 +235,9 @@ class Resident:
         return seen.correct / seen.examples
 
     def held_out(self) -> int:
-        """How many rows are measured."""
-        return len(self._measured())
+        """How many rows are measured, by all clients together."""
+        tasks = [self.task] if self.own is None else map(self.own.task, range(len(self.parts)))
+        return sum(len(self._measured(task)) for task in tasks)
 
     def rows(self, client: int) -> Rows:
         """One client's encoded examples, kept for its next round.
@@ -245,21 +247,25 @@ class Resident:
         """
         if not 0 <= client < len(self.parts):
             raise ConfigError(f"client {client}: there are {len(self.parts)} (clients.number)")
-        if client not in self._data:
-            own = self.task.train.take(self.parts[client])
-            self._data[client] = self._encode(rows_of(self.config, self.task, client, own))
-            if len(self._data) > KEPT_CLIENTS:
-                self._data.popitem(last=False)
-        self._data.move_to_end(client)
-        return self._data[client]
+        task = self.task_of(client)
+
+        def encode() -> Rows:
+            own = task.train.take(self.parts[client])
+            return self._encode(rows_of(self.config, task, client, own))
+
+        return self._data.rows(client, task, encode)
 
     def held_back(self, client: int) -> Rows:
         """One client's encoded rows that never train; nobody has touched them."""
-        return self._encode(self.task.train.take(self._held_back[client]))
+        return self._encode(self.task_of(client).train.take(self._held_back[client]))
 
-    def _measured(self) -> Examples:
+    def task_of(self, client: int) -> Task:
+        """The task whose rows ``parts`` of a client are: what all share, or the client's own."""
+        return self.task if self.own is None else self.own.task(client)
+
+    def _measured(self, task: Task) -> Examples:
         """The held-out part that the recipe measures on."""
-        return self.task.test if self.config.task.evaluate == "test" else self.task.validation
+        return task.test if self.config.task.evaluate == "test" else task.validation
 
     def _encode(self, examples: Examples) -> Rows:
         """Examples as the model's inputs."""

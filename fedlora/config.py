@@ -39,7 +39,8 @@ class ClientsConfig(Part):
     Attributes:
         number: of clients.
         split: ``group`` (one client per domain), ``natural`` (per article, review, ...),
-            ``iid``, ``dirichlet`` (label skew) or ``pathological`` (few classes each).
+            ``iid``, ``dirichlet`` (label skew), ``pathological`` (few classes each), or ``own``,
+            with the task ``local`` alone: each has rows of its own.
         alpha: of the Dirichlet split; smaller is more skewed.
         classes: per client, for the pathological split.
         min_examples: what each client must have at least.
@@ -52,7 +53,7 @@ class ClientsConfig(Part):
     """
 
     number: Count = 4
-    split: Literal["group", "natural", "iid", "dirichlet", "pathological"] = "group"
+    split: Literal["group", "natural", "iid", "dirichlet", "pathological", "own"] = "group"
     alpha: Positive = 0.5
     classes: Count = 2
     min_examples: Count = 1

@@ -17,6 +17,23 @@ class ConfigError(FedloraError):
     """A recipe, an option or a command that cannot be carried out as written."""
 
 
+class DataError(ConfigError):
+    """Rows that cannot be read, in words that stay where the rows are.
+
+    Attributes:
+        place: of what is wrong in its file, such as ``line 3``; empty where it is no row.
+    """
+
+    def __init__(self, message: str, place: str = "") -> None:
+        super().__init__(message)
+        self.place = place
+
+    def told(self, client: int) -> str:
+        """What others may know of it: whose rows they are, and the place."""
+        at = f" ({self.place})" if self.place else ""
+        return f"client {client}: its rows cannot be read{at}; its own log says what is wrong"
+
+
 class WireError(FedloraError):
     """A record from the network that is not what this round asked for."""
 

@@ -11,15 +11,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy
 from numpy.typing import NDArray
 
 from fedlora import seeds
-from fedlora.config import ClientsConfig
+from fedlora.config import ClientsConfig, TaskConfig
 from fedlora.errors import ConfigError, wrong
-from fedlora.tasks.task import Task
+from fedlora.tasks import load_own, load_task
+from fedlora.tasks.task import Examples, Task
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -45,6 +47,45 @@ class SkewRow:
     groups: dict[str, int]
 
 
+def deal(config: TaskConfig, clients: ClientsConfig, seed: int) -> tuple[Task, tuple[Rows, ...]]:
+    """A task and what each client holds of ``task.train``; see ``partition``.
+
+    Where clients have rows of their own, those of all are read, and their parts are put together.
+
+    Raises:
+        ConfigError: the task cannot be dealt so, or rows cannot be read.
+    """
+    task = load_task(config)
+    if task.at_clients is None:
+        return task, partition(task, clients, seed)
+    check_split(task, clients)
+    tasks = [load_own(config, client) for client in range(clients.number)]
+    names = tuple(sorted({name for own in tasks for name in own.group_names}))
+    train, validation, test = (
+        _together([(getattr(own, part), own.group_names) for own in tasks], names)
+        for part in ("train", "validation", "test")
+    )
+    ends = numpy.cumsum([0, *(len(own.train) for own in tasks)])
+    parts = tuple(numpy.arange(*pair, dtype=numpy.int64) for pair in pairwise(ends))
+    _check_sizes(parts, clients)
+    whole = Task(task.name, task.objective, task.label_names, names, train, validation, test)
+    return whole, parts
+
+
+def check_split(task: Task, clients: ClientsConfig) -> None:
+    """Refuse to deal rows that clients have of their own, and the other way round.
+
+    Raises:
+        ConfigError: ``clients.split`` is ``own`` for another task, or is not for such a one.
+    """
+    if task.at_clients is not None and clients.split != "own":
+        allowed = f"'own' with task {task.name!r}, whose clients have rows of their own"
+        raise wrong("clients.split", clients.split, allowed)
+    if task.at_clients is None and clients.split == "own":
+        allowed = f"a way to deal the rows of task {task.name!r}; 'own' goes with task 'local'"
+        raise wrong("clients.split", clients.split, allowed)
+
+
 def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
     """The rows of ``task.train`` that each client holds, sorted; no row is held twice.
 
@@ -57,12 +98,19 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
     Raises:
         ConfigError: the task cannot be dealt so, or a client would have too few examples.
     """
+    check_split(task, clients)
     if clients.split == "group":
         parts = _by_group(task, clients)
     elif clients.split == "natural":
         parts = _by_source(task, clients, seed)
     else:
         parts = _by_library(task, clients, seed)
+    _check_sizes(parts, clients)
+    return parts
+
+
+def _check_sizes(parts: tuple[Rows, ...], clients: ClientsConfig) -> None:
+    """Refuse a client with too few examples."""
     poor = [k for k, rows in enumerate(parts) if len(rows) < clients.min_examples]
     if poor:
         raise ConfigError(
@@ -70,7 +118,6 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
             f"{clients.min_examples} examples; lower clients.min_examples or clients.number, "
             "or use another clients.split"
         )
-    return parts
 
 
 def hold_back(
@@ -89,13 +136,15 @@ def hold_back(
             f"evaluate.personal: client(s) {_listed(few)} have a single row, and measuring needs "
             "one beside those that train; raise clients.min_examples to 2"
         )
-    training, held = [], []
-    for client, rows in enumerate(parts):
-        count = min(len(rows) - 1, max(1, round(share * len(rows))))
-        order = seeds.numpy_generator(seed, "client", client, "hold back").permutation(rows)
-        held.append(numpy.sort(order[:count]))
-        training.append(numpy.sort(order[count:]))
-    return tuple(training), tuple(held)
+    found = [hold_back_of(client, rows, share, seed) for client, rows in enumerate(parts)]
+    return tuple(own[0] for own in found), tuple(own[1] for own in found)
+
+
+def hold_back_of(client: int, rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """As ``hold_back``, of one client with two rows or more."""
+    count = min(len(rows) - 1, max(1, round(share * len(rows))))
+    order = seeds.numpy_generator(seed, "client", client, "hold back").permutation(rows)
+    return numpy.sort(order[count:]), numpy.sort(order[:count])
 
 
 def skew(task: Task, parts: tuple[Rows, ...]) -> list[SkewRow]:
@@ -109,6 +158,22 @@ def skew(task: Task, parts: tuple[Rows, ...]) -> list[SkewRow]:
         )
         for client, rows in enumerate(parts)
     ]
+
+
+def _together(parts: list[tuple[Examples, tuple[str, ...]]], names: tuple[str, ...]) -> Examples:
+    """Several clients' examples one after the other, with their groups numbered as ``names``."""
+    images = [examples.images for examples, _ in parts if examples.images is not None]
+    groups = [
+        numpy.array([names.index(own[code]) for code in examples.groups], dtype=numpy.int64)
+        for examples, own in parts
+    ]
+    return Examples(
+        labels=numpy.concatenate([examples.labels for examples, _ in parts]),
+        groups=numpy.concatenate(groups),
+        natural=tuple(name for examples, _ in parts for name in examples.natural),
+        texts=tuple(text for examples, _ in parts for text in examples.texts),
+        images=numpy.concatenate(images) if images else None,
+    )
 
 
 def _by_group(task: Task, clients: ClientsConfig) -> tuple[Rows, ...]:

@@ -40,6 +40,7 @@ def checks(ray: bool = False) -> list[Check]:
         _torch(),
         _ray_starts() if ray else _ray_found(),
         *_data(),
+        _own_rows(),
         _gradients(),
     ]
 
@@ -141,6 +142,18 @@ def _data() -> list[Check]:
         else Check(f"data: {name}", "warn", f"not there; run: fedlora fetch {name}")
         for name, source in SOURCES.items()
     ]
+
+
+def _own_rows() -> Check:
+    """What the task ``local`` can read."""
+    missing = [
+        f"{what} (no {package})"
+        for what, package in {"parquet": "pyarrow", "pictures": "PIL"}.items()
+        if importlib.util.find_spec(package) is None
+    ]
+    if missing:
+        return Check("own rows", "warn", f"task 'local' cannot read {', '.join(missing)}")
+    return Check("own rows", "ok", "task 'local' reads CSV, JSON lines, parquet and pictures")
 
 
 def _gradients() -> Check:

@@ -19,10 +19,11 @@ from fedlora.calibration import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.models import load_model, model_without_weights
-from fedlora.partition import hold_back, partition
+from fedlora.partition import deal, hold_back
 from fedlora.tasks import load_task
 from fedlora.tasks.task import Task
 from fedlora.wire import Layout
+from simulations.census import counts_of
 from simulations.forecast import Spread, Traffic, total_steps, traffic
 from simulations.memory import Memory, Peak, by_formula
 from simulations.packing import clients_together, suited
@@ -101,13 +102,13 @@ def dry_run(config: RunConfig) -> DryRun:
             return _from_shapes(config, error)
         load = peak.seconds()
         strategy = strategy_for(config, here.model.scales())
-        planned = plan_privacy(config, here, strategy)
+        counts = counts_of(config, here)
+        planned = plan_privacy(config, here, strategy, counts)
         strategy = protected(strategy, config, planned, None)
         layout = strategy.prepare(ArrayRecord(here.first))
         pack = clients_together(config, here, strategy)
         timing = measured(config, here, strategy, planned, pack[0], load)
         memory = peak.found(config.launch.processes(), here.device.type == "cuda")
-    counts = [len(part) for part in here.parts]
     found = times(config, strategy, counts, here.held_out(), pack[0], timing)
     return _told(
         config, here.model, strategy, layout, planned, counts, pack, memory, (timing, found)
@@ -120,10 +121,9 @@ def _from_shapes(config: RunConfig, missing: ConfigError) -> DryRun:
     Raises:
         ConfigError: ``missing``, where its shapes cannot be had either; or what else is missing.
     """
-    task = load_task(config.task)
-    if config.model.options or _loads(config, task):
+    if config.model.options or _loads(config, load_task(config.task)):
         raise missing
-    parts = partition(task, config.clients, config.seed)
+    task, parts = deal(config.task, config.clients, config.seed)
     if config.evaluate.personal:
         parts, _ = hold_back(parts, config.evaluate.holdout, config.seed)
     counts = [len(part) for part in parts]

@@ -58,14 +58,13 @@ def show_partition(
     recipe: str, settings: Sequence[str], figure: Path | None, as_json: bool
 ) -> None:
     """How a recipe deals its training data to clients, as a table and a figure."""
-    from fedlora.partition import partition, skew
-    from fedlora.tasks import load_task
+    from fedlora.partition import deal, skew
     from simulations import figures
     from simulations.recipe import load
 
     config = load(recipe).resolve(None, settings)
-    task = load_task(config.task)
-    dealt = skew(task, partition(task, config.clients, config.seed))
+    task, parts = deal(config.task, config.clients, config.seed)
+    dealt = skew(task, parts)
     if figure is not None:
         try:
             figures.skew(dealt, figure, f"{task.name}, dealt by {config.clients.split}")

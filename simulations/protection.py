@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from clients.resident import Resident
@@ -15,8 +16,12 @@ from strategies.client_privacy import AdaptiveClip, ClientPrivacy
 from strategies.private_round import check_linear
 
 
-def plan_privacy(config: RunConfig, here: Resident, strategy: LoraStrategy) -> list[ClientPlan]:
+def plan_privacy(
+    config: RunConfig, here: Resident, strategy: LoraStrategy, counts: Sequence[int]
+) -> list[ClientPlan]:
     """Every client's noise, after a look at whether this can be trained privately at all.
+
+    ``counts``: each client's examples.
 
     Raises:
         PrivacyError: it cannot, or the target cannot be had.
@@ -30,7 +35,7 @@ def plan_privacy(config: RunConfig, here: Resident, strategy: LoraStrategy) -> l
 
         moving = here.moving(trained_in(config, strategy))
         check_supported(here.model.module, list(moving.values()))
-    return plan_run(config, [len(part) for part in here.parts])
+    return plan_run(config, counts)
 
 
 def protected(

@@ -23,8 +23,10 @@ from fedlora.ranks import ranks_of
 from fedlora.rounds import RoundRecord
 from fedlora.wire import Layout
 from simulations import recipe
+from simulations.census import census
 from simulations.clock import check_runtime, clocked
 from simulations.figures import curves
+from simulations.grid import LocalGrid
 from simulations.packing import clients_together
 from simulations.personal_adapters import save_personal
 from simulations.profiling import profiled
@@ -70,11 +72,12 @@ def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> 
         here = resident(server_view(config))
         ledger, initial = Ledger(ledger_folder(config, folder)), ArrayRecord(here.first)
         strategy = strategy_for(config, here.model.scales())
-        planned = plan_privacy(config, here, strategy)
+        known = census(config, here, grid)
+        planned = plan_privacy(config, here, strategy, known.counts)
         strategy = protected(strategy, config, planned, ledger)
-        strategy = clocked(strategy, config, [len(part) for part in here.parts])
+        strategy = clocked(strategy, config, known.counts)
         layout = strategy.prepare(initial)  # a mistake is found before anything is written
-        pack, _ = clients_together(config, here, strategy)
+        pack = clients_together(config, here, strategy)[0] if isinstance(grid, LocalGrid) else 1
         tell = progress.note if resume else None
         kept = Resumable(folder, config, here.fingerprint, ledger, tell)
         progress.saving_to(folder)
@@ -103,7 +106,7 @@ def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> 
         if config.privacy.unit != "client":  # there no noise covers what clients keep
             save_personal(contexts(grid), folder)
     reach("finish")
-    private = statement(config, planned, ledger) if planned else {}
+    private = statement(config, planned, ledger, known) if planned else {}
     if private:
         kept.results.write("privacy.json", private)
     curves([read_run(folder)], folder / "curves.png")
@@ -164,7 +167,7 @@ def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy
     if "send_frozen" in {field.name for field in fields(kind)}:
         options.setdefault("send_frozen", False)  # our clients draw it from the seed
     number, measures = config.clients.number, config.evaluate
-    evaluators = min(config.clients.training, EVALUATORS)
+    evaluators = evaluating(config)
     return kind(
         **options,
         seed=config.seed,
@@ -180,6 +183,12 @@ def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy
         secure=config.secure,
         own_rows=Measuring(measures.every, config.clients.newcomers) if measures.personal else None,
     )
+
+
+def evaluating(config: RunConfig) -> int:
+    """How many clients measure the held-out rows: all where they are the clients' own."""
+    own = config.clients.split == "own"
+    return config.clients.training if own else min(config.clients.training, EVALUATORS)
 
 
 def server_view(config: RunConfig) -> ClientConfig:

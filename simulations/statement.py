@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.calibration import ClientPlan, plan, plan_clients
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.ledger import Ledger
-from fedlora.partition import partition
+from fedlora.partition import deal
 from fedlora.privacy import RELATIONS, Accountant, PrivacyEvent, epsilon
-from fedlora.tasks import load_task
 from strategies.client_privacy import sampled
+
+if TYPE_CHECKING:
+    from simulations.census import Census
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,15 @@ WORDINGS = {
         ),
     ),
 }
+SPENT = {  # where the ledgers are
+    "server": "as the ledgers say",
+    "clients": "not known to the server, since clients keep ledgers of their own; every epsilon "
+    "here is what all planned rounds cost, once each",
+}
+TOLD = (
+    "each client's number of examples, told to the server before round 1 to plan the noise, and "
+    "the noise of all clients, which goes to each"
+)
 RELATION_WORDS = {
     "add_or_remove_one": "add or remove one {unit}",
     "replace_one": "replace one {unit} by another",
@@ -117,7 +128,7 @@ def plan_recipe(config: RunConfig) -> list[ClientPlan]:
             "privacy.unit: found 'none', allowed here: 'example', 'client'; for instance --set "
             "privacy.unit=example --set privacy.epsilon=8.0"
         )
-    parts = partition(load_task(config.task), config.clients, config.seed)
+    _, parts = deal(config.task, config.clients, config.seed)
     return plan_run(config, [len(part) for part in parts])
 
 
@@ -127,21 +138,28 @@ def ledger_folder(config: RunConfig, folder: Path) -> Path:
 
 
 def statement(
-    config: RunConfig, planned: Sequence[ClientPlan], ledger: Ledger
+    config: RunConfig, planned: Sequence[ClientPlan], ledger: Ledger, known: Census
 ) -> dict[str, Any]:  # Any: JSON values of several kinds
     """``privacy.json``: unit, relation, sampling, accountants, and each client's epsilon.
 
     ``epsilon`` is what the ledger says was spent, ``planned`` what all rounds would cost. Of the
-    whole run both are the largest over clients, whose data must not overlap.
+    whole run both are the largest over clients, whose data must not overlap. Where the clients'
+    ledgers are their own, ``epsilon`` is what all rounds would cost too.
     """
     privacy, words = config.privacy, WORDINGS[config.privacy.unit]
-    rows, spent = [], {client.client: _spent(config, ledger, client) for client in planned}
+    spent = {
+        client.client: [client.event(client.steps)]
+        if known.own_ledgers
+        else _spent(config, ledger, client)
+        for client in planned
+    }
+    rows: list[dict[str, Any]] = []  # Any: JSON values of several kinds
     for client in planned:
         events = spent[client.client]
         rows.append(
             {
                 "client": client.client,
-                "examples": client.examples,
+                "examples": client.examples or None,
                 "sample_rate": client.sample_rate,
                 "noise_multiplier": client.noise_multiplier,
                 "steps": sum(event.steps for event in events),
@@ -166,12 +184,13 @@ def statement(
         "epsilon": rows[worst.client]["epsilon"],
         "planned": max(client.epsilon for client in planned),
         "target": privacy.epsilon,
+        "spent": SPENT["clients" if known.own_ledgers else "server"],
         "accountants": {name: epsilon(spent[worst.client], privacy.delta, name) for name in names},
         "rng": privacy.rng,
         "claim": CLAIMS[privacy.rng],
         "assumed": words.disjoint,
         "covered": words.covered,
-        "not_covered": list(words.not_covered),
+        "not_covered": [*words.not_covered, *([TOLD] if known.told else [])],
         "ledger": privacy.ledger or "ledger",
         "clients": rows,
     }
@@ -210,7 +229,8 @@ def planned_spending(config: RunConfig, client: ClientPlan) -> Points:
 def spent_by_round(folder: Path, found: dict[str, Any]) -> dict[int, Points]:
     """The epsilon after each round of the clients that spent most and least, from the ledger.
 
-    Where whole clients are protected, all have spent the same.
+    Where whole clients are protected, all have spent the same. Where the server does not know what
+    was spent, there are no rounds.
     """
     ledger = Ledger(folder / found["ledger"])
     order = sorted(found["clients"], key=lambda row: (row["epsilon"], row["client"]))
@@ -237,6 +257,7 @@ spent most (target {target}; all planned rounds would cost {found["planned"]:.3f
 Unit protected:  {found["unit"]}
 Neighbours:      {found["relation"]}
 Mechanism:       {found["mechanism"]}, {clip} {found["clip"]:g}
+Spent:           {found["spent"]}
 Sampling:        {found["sampling"]}
 Composition:     {found["composition"]}
 Accountants:     {accountants} (claimed by {found["accountant"]})

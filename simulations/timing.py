@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from clients.local import Measured
 from clients.packs import train_pack, train_private_pack
 from clients.resident import Resident
 from fedlora.calibration import ClientPlan
 from fedlora.config import RunConfig
 from simulations.forecast import drawn, in_turn, packs_of
-from simulations.server_app import EVALUATORS
+from simulations.server_app import evaluating
 from strategies import LoraStrategy
 
 ROUNDS = 50  # so many are worked out one by one; more are taken to be like them
@@ -79,18 +80,20 @@ def measured(
     train(1)
     first, more = train(1), train(1 + MORE)
     step = (more - first) / MORE if more > first else more / (1 + MORE)
-    rows = here.held_out()
-    shards = max(1, rows // (config.train.evaluate_batch_size * len(here.task.group_names)))
-    fresh, again = (
-        _seconds(here, lambda: here.evaluate(0, shards, config.train)) for _ in range(2)
-    )
+    groups, seen = len(here.task.group_names) or 1, list[Measured]()
+    shards = max(1, here.held_out() // (config.train.evaluate_batch_size * groups))
+
+    def evaluate() -> None:
+        seen[:] = here.evaluate(0, shards, config.train).values()
+
+    fresh, again = (_seconds(here, evaluate) for _ in range(2))
     here.load(here.first)
     return Timing(
         load=load,
         step=step,
         once=max(0.0, first - step),
         encode=encode / examples,
-        evaluate=again / len(range(0, rows, shards)),
+        evaluate=again / sum(part.examples for part in seen),
         encode_held_out=max(0.0, fresh - again),
     )
 
@@ -119,7 +122,7 @@ def times(
         for number in range(1, min(rounds, ROUNDS) + 1)
     ]
     training = sum(known) / len(known)
-    shares = min(config.clients.training, EVALUATORS)
+    shares = evaluating(config)
     evaluation = in_turn([timing.evaluate * held_out / shares] * shares, workers)
     encoding = timing.encode * sum(counts) * min(rounds, workers) / workers
     loads = 2 if config.launch.backend == "ray" else 1

@@ -56,6 +56,7 @@ DOORS = {
         "clients/client_app.py",
         "clients/masked_input.py",
         "clients/masking.py",
+        "clients/node_places.py",
         "clients/partition_id.py",
         "clients/personal.py",
         "clients/pruned_rank.py",
@@ -63,6 +64,8 @@ DOORS = {
     ),
     "flwr_datasets": ("fedlora/partition.py",),
     "datasets": ("fedlora/partition.py", "fedlora/tasks/hub.py"),
+    "pyarrow": ("fedlora/tasks/tables.py",),
+    "PIL": ("fedlora/tasks/pictures.py", "fedlora/digit_images.py"),
     "matplotlib": (
         "simulations/figures.py",
         "simulations/bench_figure.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy
 from numpy.typing import NDArray
@@ -54,12 +54,32 @@ class Examples:
         )
 
 
+class AtClients(Protocol):
+    """Where each client's own rows are."""
+
+    def task_of(self, client: int, data: str = "", held_out: str = "") -> Task:
+        """One client's rows as a task by itself.
+
+        ``data`` and ``held_out`` are places that stand in for those of the recipe.
+
+        Raises:
+            DataError: rows that cannot be read.
+            ConfigError: no place is named.
+        """
+        ...
+
+    def state_of(self, client: int, data: str = "", held_out: str = "") -> object:
+        """What changes when a file there is written, or something is put into a folder there."""
+        ...
+
+
 @dataclass(frozen=True)
 class Task:
     """A data set with its held-out parts.
 
     ``validation`` chooses settings, ``test`` measures; rows of one natural source (an
-    article, a review) never lie in two parts.
+    article, a review) never lie in two parts. Where ``at_clients`` is not None, the rows are the
+    clients' own, and none are here.
     """
 
     name: str
@@ -69,3 +89,4 @@ class Task:
     train: Examples
     validation: Examples
     test: Examples
+    at_clients: AtClients | None = None

@@ -243,7 +243,9 @@ class Federation:
         self.strategy = strategy_for(self.config, self.here.model.scales())
         self.grid = InProcessGrid(app, self.config.clients.number)
         self.ledger = Ledger(folder / "ledger")
-        self.planned = plan_privacy(self.config, self.here, self.strategy)
+        self.planned = plan_privacy(
+            self.config, self.here, self.strategy, [len(part) for part in self.here.parts]
+        )
 
     def messages(self, server_round: int, arrays: ArrayRecord) -> list[Message]:
         told = client_config(self.config, self.here, self.planned, self.ledger)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -187,18 +186,3 @@ def test_the_wheel_holds_the_four_packages_and_their_data(tmp_path: Path) -> Non
         "fedlora/mixer.json",
     ):
         assert needed in names
-
-
-def test_a_flower_bundle_takes_the_packages_alone() -> None:
-    from fnmatch import fnmatch
-
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = table["tool"]["flwr"]["app"]["fab-include"]
-    for path in [
-        *FILES,
-        ROOT / "simulations/recipes/tiny.toml",
-        ROOT / "fedlora/tasks/tweets.jsonl",
-    ]:
-        name = str(path.relative_to(ROOT))
-        assert any(fnmatch(name, pattern.replace("**/", "*")) for pattern in patterns), name
-    assert not any(fnmatch("tests/test_house.py", pattern) for pattern in patterns)

@@ -53,7 +53,7 @@ def read_pictures(
         named = _by_subfolder(folder, labels, columns)
     if not named:
         raise DataError(f"{folder}: found no pictures, allowed: {', '.join(ENDINGS)}")
-    images = []
+    images: list[NDArray[numpy.float32]] = []
     for _, path, _ in named:
         image = _read(path, look)
         if images and image.shape != images[0].shape:

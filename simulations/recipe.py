@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -120,16 +119,10 @@ def load(name_or_path: str) -> Recipe:
     return Recipe(path.stem, first.removeprefix("#").strip() if first[:1] == "#" else "", table)
 
 
-def from_run_config(run_config: Mapping[str, object]) -> RunConfig:
-    """The run that a Flower app's run config describes.
-
-    ``config`` holds a whole ``RunConfig`` as JSON; otherwise ``recipe`` names a recipe and
-    ``overrides`` holds ``KEY=VALUE`` pairs separated by spaces, as on the command line.
-    """
-    if isinstance(text := run_config.get("config"), str) and text:
-        return RunConfig.model_validate(json.loads(text))
-    overrides = str(run_config.get("overrides", "")).split()
-    return load(str(run_config.get("recipe", "tiny"))).resolve(None, overrides)
+def own_options(kind: type[LoraStrategy]) -> list[str]:
+    """The names of a rule's options in a recipe."""
+    shared = {field.name for field in fields(LoraStrategy)} - {*OPTIONS}
+    return [field.name for field in fields(kind) if field.name not in shared]
 
 
 def method_options(config: RunConfig) -> Table:
@@ -139,8 +132,7 @@ def method_options(config: RunConfig) -> Table:
         ConfigError: an unknown method or option, or a value out of range or that does not fit.
     """
     kind = choose(METHODS, config.method, "method")
-    shared = {field.name for field in fields(LoraStrategy)} - {*OPTIONS}
-    own = [field.name for field in fields(kind) if field.name not in shared]
+    own = own_options(kind)
     for name in config.options:
         if name not in own:
             raise unknown(f"unknown key in options of method {config.method!r}", name, own)

@@ -34,6 +34,7 @@ from simulations.progress import Progress
 from simulations.protection import plan_privacy, protected
 from simulations.results import claim, default_folder
 from simulations.resuming import Resumable, alone, contexts
+from simulations.run_config import from_run_config
 from simulations.run_folders import read_run
 from simulations.statement import ledger_folder, statement
 from simulations.virtual_time import virtual_time
@@ -49,13 +50,13 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what the run config describes; see ``recipe.from_run_config``.
+    """Run what the run config describes; see ``run_config.from_run_config``.
 
     ``folder`` in the run config says where results go; empty takes the default. With ``resume``
     the run that it holds is gone on with.
     """
     check_armed()
-    config = recipe.from_run_config(context.run_config)
+    config = from_run_config(context.run_config)
     named = str(context.run_config.get("folder", ""))
     folder, resume = Path(named or default_folder(config.name)), context.run_config.get("resume")
     if not resume:

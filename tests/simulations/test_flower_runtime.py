@@ -15,10 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.common.config import parse_config_args
 
 from simulations import launch
 from simulations.progress import Progress
 from simulations.recipe import load
+from simulations.run_config import from_run_config
+from tests.simulations.own_files import tiny_as_files
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.flower
@@ -43,6 +46,7 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
         "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
+        "RAY_ADDRESS": "local",  # else it joins whatever cluster was started last on this machine
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
     yield environment
@@ -59,8 +63,29 @@ def test_the_readme_command_gives_the_same_rounds(
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^flwr run .*?[^\\]\n(?=```)", text, flags=re.MULTILINE | re.DOTALL)
     folder = tmp_path / "run"
-    command = command.replace("rounds=2", f"rounds=2 launch.sums={sums}")
+    command = command.replace("rounds=2", f"rounds=2 launch.sums='{sums}'")
     words = shlex.split(command.replace("\\\n", " ").replace("/tmp/flower-run", str(folder)))
+    flower_run(words, folder, flower)
+    config = load("tiny").resolve(None, ["rounds=2", f"launch.sums={sums}"])
+    check_same(folder, launch.run(config, tmp_path / "here", Progress()))
+
+
+@pytest.mark.slow
+def test_private_clients_with_rows_of_their_own(tmp_path: Path, flower: dict[str, str]) -> None:
+    """Counts are asked for over Flower's grid, and the run is that of the simulation."""
+    overrides = [*tiny_as_files(tmp_path), "rounds=1", "privacy.unit=example"]
+    overrides += ["privacy.noise_multiplier=1.0", "privacy.delta=1e-3"]
+    given = [re.sub(r"=(?!-?[\d.e-]+$)(.*)", r"='\1'", override) for override in overrides]
+    folder, federation = tmp_path / "run", "num-supernodes=4 client-resources-num-cpus=1"
+    words = ["flwr", "run", ".", "--stream", "--federation-config", federation]
+    said = " ".join(given)  # of several --run-config, Flower keeps the last one's tables alone
+    flower_run([*words, "--run-config", f"{said} folder='{folder}'"], folder, flower)
+    config = from_run_config({**parse_config_args([said]), "recipe": "tiny"})
+    check_same(folder, launch.run(config, tmp_path / "here", Progress()))
+
+
+def flower_run(words: list[str], folder: Path, flower: dict[str, str]) -> None:
+    """Run the command until its results are in the folder."""
     for _ in range(6):  # Flower gives its SuperLink 15 s to start, which a busy machine may need
         done = subprocess.run(
             words, cwd=ROOT, env=flower, capture_output=True, text=True, timeout=240
@@ -69,8 +94,9 @@ def test_the_readme_command_gives_the_same_rounds(
             break
     assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
 
-    config = load("tiny").resolve(None, ["rounds=2", f"launch.sums={sums}"])
-    here = launch.run(config, tmp_path / "here", Progress())
+
+def check_same(folder: Path, here: Path) -> None:
+    """Two folders hold the same rounds and the same adapter."""
     seen, expected = (
         [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
         for path in (folder, here)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from simulations.progress import Progress
 from simulations.recipe import load
 from simulations.server_app import serve
 from tests.simulations.own_files import rows_of, tiny_as_files, tiny_of_own, write_csv
+from tests.test_documents import ROOT, blocks, console
 
 FIRST = 1000  # node id of client 0: on Flower's runtime, no node's id is its client's number
 PRIVATE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-3", "rounds=1")
@@ -329,6 +331,22 @@ def test_commands_know_rows_of_clients_own(
     assert found.examples == dry_run(load("tiny").resolve(None, [])).examples
     private = [word for override in PRIVATE for word in ("--set", override)]
     assert main(["privacy", "plan", "tiny", *sets, *private]) == 0
+
+
+def test_the_readmes_recipe_and_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe,) = [block for block in blocks(ROOT / "README.md", "toml") if '"local"' in block]
+    commands = [line for line in console(ROOT / "README.md") if "own.toml" in line]
+    monkeypatch.chdir(tmp_path)
+    Path("own.toml").write_text(recipe, encoding="utf-8")
+    Path("rows").mkdir()
+    config = load("own.toml").resolve(None, [])
+    for client in range(config.clients.number):
+        rows = [{"text": f"so good {k}", "label": "positive"} for k in range(5 + client)]
+        write_csv(Path(f"rows/{client}.csv"), [*rows, {"text": "bad", "label": "negative"}])
+    assert [main(shlex.split(command)[1:]) for command in commands] == [0, 0]
+    assert [client.name for client in Path("runs").iterdir()] == ["own-rows"]
 
 
 @pytest.mark.ray

@@ -130,11 +130,19 @@ class AdapterConfig(Part):
         return self.ranks[client % len(self.ranks)] if self.ranks else self.rank
 
 
+# keys of [launch] that say where clients run, and nothing of what
+PLACES = (
+    *("backend", "workers", "address", "runtime_env"),
+    *("num_cpus", "num_gpus", "resources", "placement"),
+)
+
+
 class LaunchConfig(Part):
     """Where clients run, and how many at once.
 
     Of these, ``threads``, ``device``, ``pack`` and ``sums`` may change a result in its last digits
-    (and ``pack`` what is dropped, where a model has dropout); nothing else does.
+    (and ``pack`` what is dropped, where a model has dropout); nothing else does. ``PLACES`` may be
+    others when a run is gone on with.
 
     Attributes:
         backend: ``inprocess`` (this process, for small things and debugging) or ``ray``.
@@ -149,7 +157,11 @@ class LaunchConfig(Part):
             update: the server gets their sum, of rounded numbers (``SecureConfig``).
         num_cpus: cores that each worker reserves; 0 takes ``threads``.
         num_gpus: share of a GPU that each worker reserves.
-        address: of a running Ray cluster to join; empty starts one on this machine.
+        resources: what else each worker reserves of a cluster, by Ray's names.
+        address: of a running Ray cluster to join; empty starts one on this machine. On a cluster
+            ``workers`` is the most there may be, 0 one for each client, as far as nodes have room.
+        placement: of workers on nodes: ``spread`` them evenly, or ``pack`` them on few.
+        runtime_env: Ray's, for the workers; empty leaves each node's own environment.
         checkpoint: commit every so many rounds, so that ``fedlora run --resume`` can go on after
             them; 0 commits none.
     """
@@ -162,8 +174,29 @@ class LaunchConfig(Part):
     sums: Literal["server", "workers", "masked"] = "server"
     num_cpus: NonNegative = 0.0
     num_gpus: NonNegative = 0.0
+    resources: dict[str, Positive] = {}
     address: str = ""
+    placement: Literal["spread", "pack"] = "spread"
+    runtime_env: dict[str, Any] = {}  # Any: what Ray takes there
     checkpoint: CountOrZero = 1
+
+    @field_validator("num_cpus", "num_gpus")
+    @classmethod
+    def _whole(cls, each: float) -> float:
+        """Ray deals out several of a thing whole."""
+        if each > 1 and each != int(each):
+            raise ValueError("a share of one, or a whole number")
+        return each
+
+    @field_validator("resources")
+    @classmethod
+    def _named(cls, resources: dict[str, float]) -> dict[str, float]:
+        """Resources that have keys of their own go there."""
+        for name, each in resources.items():
+            cls._whole(each)
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ValueError("names of custom resources; num_cpus and num_gpus have their own")
+        return resources
 
     def cpus(self) -> float:
         """Cores that each worker reserves."""

@@ -69,6 +69,7 @@ launching = options(
     click.option("--rounds", type=int, help="Short for --set rounds=N."),
     click.option("--backend", help="Short for --set launch.backend=NAME (inprocess or ray)."),
     click.option("--workers", type=int, help="Short for --set launch.workers=N."),
+    click.option("--address", help="Join the Ray cluster at HOST:PORT, or auto; sets the backend."),
     out_folder,
     as_json,
 )

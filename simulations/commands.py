@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from fedlora.errors import ConfigError, choose
+from fedlora.errors import ConfigError, choose, wrong
 from simulations.progress import Progress, Stopped, for_terminal
 
 if TYPE_CHECKING:
@@ -156,14 +156,24 @@ def overrides(
     rounds: int | None,
     backend: str | None,
     workers: int | None,
+    address: str | None = None,
     seed: int | None = None,
 ) -> list[str]:
-    """``--set`` and its short forms as one list; the short forms come last and win."""
+    """``--set`` and its short forms as one list; the short forms come last and win.
+
+    Raises:
+        ConfigError: an address, and a backend that has none.
+    """
+    if address is not None:
+        if backend not in (None, "ray"):
+            raise wrong("--address", address, f"with --backend ray, not {backend}")
+        backend = "ray"
     short = {
         "rounds": rounds,
         "seed": seed,
         "launch.backend": None if backend is None else json.dumps(backend),
         "launch.workers": workers,
+        "launch.address": None if address is None else json.dumps(address),
     }
     return [*settings, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 

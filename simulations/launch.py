@@ -102,7 +102,8 @@ def open_grid(config: RunConfig, progress: Progress) -> Iterator[LocalGrid]:
     if config.launch.backend == "ray":
         from simulations.ray_grid import RayGrid  # Ray takes seconds to import
 
-        grid = RayGrid(CLIENT_APP, config.clients.number, config.launch, progress=progress)
+        number, needs = config.clients.number, config.client()
+        grid = RayGrid(CLIENT_APP, number, config.launch, progress=progress, needs=needs)
     else:
         grid = InProcessGrid(client_app, config.clients.number, progress=progress)
     try:

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from flwr.app import ArrayRecord, Message
 
-from fedlora.config import LaunchConfig
-from fedlora.errors import ConfigError, FedloraError
+from fedlora.config import ClientConfig, LaunchConfig
+from fedlora.errors import FedloraError
 from fedlora.stopwatch import turn
 from simulations.answers import failed
 from simulations.grid import LocalGrid
@@ -20,7 +20,8 @@ from simulations.parcels import unwrap, wrap
 from simulations.placement import Costs
 from simulations.progress import Progress
 from simulations.ray_cluster import join_ray
-from simulations.ray_worker import Hand, Shelf, start_worker
+from simulations.ray_pool import LOOK, Pool
+from simulations.ray_worker import Hand, Shelf
 from simulations.schedule import Job, Schedule
 from strategies.adding import Totals, to_tensors
 
@@ -34,7 +35,7 @@ class RayGrid(LocalGrid):
     Which worker runs a client, and when, changes nothing in its result. A worker that dies is
     replaced and its client tried again, twice at most; a client that outlives ``timeout`` is left
     out and its worker replaced, so that nothing is left running. Nothing waits for a worker that is
-    being replaced, which on a cluster that lost a node may never start.
+    starting. On a cluster, workers come and go with nodes; see ``Pool``.
     """
 
     def __init__(
@@ -44,29 +45,32 @@ class RayGrid(LocalGrid):
         launch: LaunchConfig,
         run_config: Mapping[str, str | int | float | bool] | None = None,
         progress: Progress | None = None,
+        needs: ClientConfig | None = None,
     ) -> None:
         """Start or join Ray and start the workers.
 
         Args:
             client_app: ``module:attribute``, imported in each worker.
             clients: how many; client k is node k.
-            launch: workers, threads, GPU share and cluster address.
+            launch: workers, what each reserves, and the cluster's address.
             run_config: see ``LocalGrid``.
             progress: see ``LocalGrid``.
+            needs: the task and base model that workers load as they start.
 
         Raises:
             ConfigError: the cluster cannot be joined, or has no room for one worker.
         """
         super().__init__(clients, run_config, progress)
-        self._app, self._launch = client_app, launch
         keep_heap()
-        workers = launch.model_copy(update={"backend": "ray"}).processes()
-        self._joined = join_ray(launch, workers)
-        if launch.num_gpus and not launch.workers:
-            workers = max(1, min(workers, int(_have("GPU") / launch.num_gpus)))
-        self._hands = [Hand(n, start_worker(client_app, launch)) for n in range(workers)]
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by type of message
-        self._check_room()
+        self._joined = join_ray(launch)
+        wanted = needs.model_dump_json() if needs else ""
+        try:
+            grows = bool(launch.address) or not self._joined
+            self._pool = Pool(client_app, launch, clients, grows, wanted, self.progress.note)
+        except BaseException:
+            self._leave()
+            raise
 
     def deliver(self, messages: Sequence[Message], timeout: float | None) -> Iterator[Message]:
         """Messages to free workers until all are answered or ``timeout`` seconds are over.
@@ -85,6 +89,7 @@ class RayGrid(LocalGrid):
         schedule, shelf = Schedule.of(messages, self._costs), Shelf()
         turn("waiting")
         try:
+            self._pool.look()
             while self._hand_out(schedule, shelf):
                 hand = self._first_done(end)
                 if hand is None:
@@ -95,19 +100,29 @@ class RayGrid(LocalGrid):
                 while replies:
                     yield replies.pop(0)
         except BaseException:
-            for hand in self._hands:
+            for hand in list(self._hands):
                 if hand.queue:
-                    self._replace(hand)
+                    self._pool.replace(hand)
             raise
 
     def ready(self) -> None:
-        """Wait until every worker has imported the app, or died of it."""
-        started = [hand.actor.__ray_ready__.remote() for hand in self._hands]
-        ray.wait(started, num_returns=len(started))
+        """Wait until every worker has imported the app, or cannot.
+
+        Raises:
+            FedloraError: not one can.
+        """
+        while starting := [hand for hand in self._hands if hand.starting is not None]:
+            ray.wait([starting[0].starting])
+            self._pool.started(starting[0])
+        self._pool.look()
 
     def workers(self) -> int:
-        """As many as were started."""
+        """As many as there are now."""
         return len(self._hands)
+
+    @property
+    def _hands(self) -> list[Hand]:
+        return self._pool.hands
 
     def sum_again(self, token: str, told: ArrayRecord) -> Totals:
         """Packs in order, one more in the making than there are workers; lost ones are left out."""
@@ -135,14 +150,16 @@ class RayGrid(LocalGrid):
             return ray.get(reference)
         except ray.exceptions.RayError:
             if hand.actor is actor:
-                self._replace(hand)
+                self._pool.replace(hand)
             return None
 
     def close(self) -> None:
         """Stop the workers, and leave Ray, which ends it if it was started here."""
-        for hand in self._hands:
-            ray.kill(hand.actor)
-        self._hands.clear()
+        self._pool.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave Ray, if it was joined here."""
         if self._joined:
             ray.shutdown()
 
@@ -179,16 +196,22 @@ class RayGrid(LocalGrid):
     def _first_done(self, end: float | None) -> Hand | None:
         """A worker that is done with the first of its jobs, or has started, and then has none.
 
-        None if there is none before ``end``.
+        None if there is none before ``end``. Meanwhile workers may come.
         """
-        heads = {hand.starting: hand for hand in self._hands if hand.starting is not None}
-        heads |= {hand.queue[0][0]: hand for hand in self._hands if hand.queue}
-        left = None if end is None else max(0.0, end - time.monotonic())
-        done, _ = ray.wait(list(heads), num_returns=1, timeout=left)
-        if not done:
-            return None
-        heads[done[0]].starting = None
-        return heads[done[0]]
+        while True:
+            heads = {hand.starting: hand for hand in self._hands if hand.starting is not None}
+            heads |= {hand.queue[0][0]: hand for hand in self._hands if hand.queue}
+            wait = None if end is None else max(0.0, end - time.monotonic())
+            if self._pool.open():
+                wait = LOOK if wait is None else min(LOOK, wait)
+            done = first_of(list(heads), wait)
+            if done is None and end is not None and time.monotonic() >= end:
+                return None
+            if done is not None:
+                hand = heads[done]
+                if hand.starting is None or self._pool.started(hand):
+                    return hand
+            self._pool.look()
 
     def _collect(self, hand: Hand, schedule: Schedule) -> list[Message]:
         """The replies to a worker's first job; none yet if it died and the job is tried again."""
@@ -197,7 +220,7 @@ class RayGrid(LocalGrid):
             parcel, seconds = self._finish(hand, ray.get(reference))
         except ray.exceptions.RayError as error:
             lost = [job for _, job in hand.queue]
-            self._replace(hand)
+            self._pool.replace(hand)
             return schedule.retry(lost, type(error).__name__)
         hand.queue.popleft()
         replies, contexts = unwrap(parcel)
@@ -215,36 +238,22 @@ class RayGrid(LocalGrid):
             job.sent = time.perf_counter()  # until now it waited behind the other
         return done
 
-    def _replace(self, hand: Hand) -> None:
-        """A fresh worker in the place of one that died or must stop; its jobs are gone."""
-        ray.kill(hand.actor)
-        hand.actor, hand.holds = start_worker(self._app, self._launch), None
-        hand.starting = hand.actor.__ray_ready__.remote()
-        hand.queue.clear()
-
     def _give_up(self, schedule: Schedule, timeout: float | None) -> Iterator[Message]:
         """Error replies for everyone who is not done in time."""
         late = schedule.rest()
-        for hand in self._hands:
+        for hand in list(self._hands):
             if hand.queue:
                 late += [job for _, job in hand.queue]
-                self._replace(hand)
+                self._pool.replace(hand)
         for job in late:
             for message in job.messages:
                 yield failed(message, f"no reply within {timeout:g} s")
 
-    def _check_room(self) -> None:
-        """Make sure that every worker fits, rather than wait for ever for one that cannot."""
-        count = len(self._hands)
-        for key, each in (("CPU", self._launch.cpus()), ("GPU", self._launch.num_gpus)):
-            if each * count > (have := _have(key)):
-                self.close()
-                raise ConfigError(
-                    f"launch.workers: found {count} workers of {each:g} {key} each, allowed: what "
-                    f"the cluster has, {have:g} {key}"
-                )
 
-
-def _have(kind: str) -> float:
-    """How many CPUs or GPUs the cluster has."""
-    return float(ray.cluster_resources().get(kind, 0.0))
+def first_of(references: list[Any], wait: float | None) -> Any:  # Any: see Hand
+    """The first of Ray's references that is there within ``wait`` seconds, or None."""
+    if not references:
+        time.sleep(wait or 0.0)
+        return None
+    done, _ = ray.wait(references, num_returns=1, timeout=wait)
+    return done[0] if done else None

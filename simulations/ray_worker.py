@@ -14,22 +14,42 @@ import ray
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedlora.config import LaunchConfig
+from fedlora.config import ClientConfig, LaunchConfig
+from fedlora.errors import FedloraError
 from fedlora.records import arrays_in
 from simulations.grid import identify
 from simulations.heap import keep_heap
+from simulations.installed import installed
 from simulations.parcels import Parcel, unwrap, wrap
 from simulations.profiling import Seconds, timed_work
+from simulations.ray_nodes import Node
 from simulations.schedule import Job
 from simulations.summing import Reducer
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says once it has started.
+
+    Attributes:
+        problem: why it cannot do its work here; empty if it can.
+        installed: see ``simulations.installed``.
+    """
+
+    problem: str
+    installed: Mapping[str, str]
 
 
 class Worker:
     """The client app, in it the resident base model, and the arrays of the round that runs."""
 
-    def __init__(self, app: str, threads: int) -> None:
-        """Import the app (``module:attribute``) and set this process's torch threads."""
+    def __init__(self, app: str, threads: int, needs: str) -> None:
+        """Import the app (``module:attribute``) and set this process's torch threads.
+
+        ``needs`` is a ``ClientConfig`` as JSON, whose task and base model ``report`` loads.
+        """
         torch.set_num_threads(threads)
         keep_heap()
         identify()
@@ -37,6 +57,21 @@ class Worker:
         self._app = cast(ClientApp, getattr(import_module(module), name))
         self._shared: Mapping[str, ArrayRecord] = {}
         self._reducer = Reducer()
+        self._needs = needs
+
+    def report(self) -> Report:
+        """Load what the first clients will need, and say whether it is here."""
+        problem = ""
+        if self._needs:
+            try:
+                from clients.resident import resident  # its libraries take seconds to import
+
+                resident(ClientConfig.model_validate_json(self._needs))
+            except FedloraError as error:
+                problem = str(error)
+            except Exception as error:  # whatever stops it here stops every client
+                problem = f"{type(error).__name__}: {error}"
+        return Report(" ".join(problem.split()), dict(installed()))
 
     def run(self, work: Parcel, shared: Parcel | None) -> tuple[Parcel, float]:
         """The app's replies with the contexts as it left them, and the seconds that it took.
@@ -76,25 +111,31 @@ class Hand:
 
     Attributes:
         number: its place in the pool.
+        node: where it is.
         actor: Ray's handle.
         queue: what was given to it, in order, with Ray's references to what comes back.
         holds: the name of the arrays that were sent to it last.
-        starting: of a worker in another's place, what comes when it has started, or cannot; until
-            then it gets no job.
+        starting: what comes when it has started, or cannot; until then it gets no job.
     """
 
     number: int
-    actor: Any  # Any: Ray's handles and references have no static type
+    node: Node
+    actor: Any = None  # Any: Ray's handles and references have no static type
     queue: deque[tuple[Any, Job]] = field(default_factory=deque)
     holds: object = None
     starting: Any = None
 
 
-def start_worker(app: str, launch: LaunchConfig) -> Any:  # Any: see Hand
-    """A fresh worker with the launch's resources."""
+def start_worker(app: str, launch: LaunchConfig, node: str, needs: str) -> Any:  # Any: see Hand
+    """A fresh worker on a node, with the launch's resources; it fails if the node is gone."""
     kind: Any = ray.remote(Worker)
-    resources = kind.options(num_cpus=launch.cpus(), num_gpus=launch.num_gpus)
-    return resources.remote(app, launch.threads)
+    options = kind.options(
+        num_cpus=launch.cpus(),
+        num_gpus=launch.num_gpus,
+        resources=launch.resources,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+    )
+    return options.remote(app, launch.threads, needs)
 
 
 @dataclass(eq=False)

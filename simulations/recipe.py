@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clients import attacks
-from fedlora.config import ModelConfig, RunConfig
+from fedlora.config import PLACES, ModelConfig, RunConfig
 from fedlora.errors import ConfigError, choose, unknown, wrong
 from fedlora.fixed_point import FixedPoint
 from fedlora.options import checked_options, read
@@ -74,6 +74,9 @@ class Recipe:
             _set(asked, override)
         if method is not None:
             asked["method"] = method
+        if "ray" in table or "ray" in asked:
+            allowed = f"its keys in [launch] ({', '.join(PLACES)})"
+            raise ConfigError(f"unknown key in the recipe: found 'ray', allowed: {allowed}")
         chosen = asked.get("method", table.get("method", "fedavg"))
         _merge(table, {"method": chosen})
         if isinstance(chosen, str):

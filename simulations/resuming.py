@@ -13,7 +13,7 @@ from typing import Any, Literal
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from fedlora.config import RunConfig
+from fedlora.config import PLACES, RunConfig
 from fedlora.disk import writing
 from fedlora.errors import ConfigError, wrong
 from fedlora.ledger import Ledger
@@ -23,13 +23,15 @@ from simulations.recipe import Recipe, load
 from simulations.results import RunFolder
 from strategies.snapshot import Snapshot
 
-CHANGEABLE = {"name"}  # says nothing of what is computed
+CHANGEABLE = {"name", *(f"launch.{key}" for key in PLACES)}  # say nothing of what is computed
 
 
 def config_of(
     folder: Path, recipe: str | None, method: str | None, changes: Sequence[str]
 ) -> RunConfig:
     """The configuration of the run in a folder; the recipe and the changes may only say the same.
+
+    But they may say that clients run elsewhere.
 
     Raises:
         ConfigError: there is no run, or another one was asked for.
@@ -43,8 +45,9 @@ def config_of(
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     began = Recipe(str(table.get("name", "run")), "", table)
     config = began.resolve()
-    same_run(folder, config, (load(recipe) if recipe else began).resolve(method, changes))
-    return config
+    asked = (load(recipe) if recipe else began).resolve(method, changes)
+    same_run(folder, config, asked)
+    return config.model_copy(update={"launch": asked.launch})
 
 
 def same_run(folder: Path, began: RunConfig, asked: RunConfig) -> None:
@@ -54,8 +57,9 @@ def same_run(folder: Path, began: RunConfig, asked: RunConfig) -> None:
         ConfigError: the first key that differs.
     """
     before, now = _flat(began.model_dump()), _flat(asked.model_dump())
-    for key in sorted((before.keys() | now.keys()) - CHANGEABLE):
-        if before.get(key) != now.get(key):
+    for key in sorted(before.keys() | now.keys()):
+        same = before.get(key) == now.get(key)
+        if not same and ".".join(key.split(".")[:2]) not in CHANGEABLE:
             allowed = f"{before.get(key)!r}, with which the run in {folder} began"
             raise wrong(key, now.get(key), allowed)
 

@@ -26,6 +26,23 @@ CASES = {
     ),
     "unknown task option": (["--set", "task.options.label=x"], ["task.options", "'labels'"]),
     "unknown adapter option": (["--set", "adapter.options.alfa=1"], ["did you mean 'alpha'"]),
+    "a table that is in another": (
+        ["--set", "ray.num_gpus=1"],
+        ["unknown key in the recipe", "found 'ray'", "[launch]", "num_gpus", "placement"],
+    ),
+    "a core and a half": (["--set", "launch.num_cpus=1.5"], ["launch.num_cpus", "whole number"]),
+    "cores as a custom resource": (
+        ["--set", "launch.resources.CPU=1"],
+        ["launch.resources", "num_cpus"],
+    ),
+    "an address of no backend": (
+        ["--address", "127.0.0.1:1", "--backend", "inprocess"],
+        ["--address", "found '127.0.0.1:1'", "--backend ray"],
+    ),
+    "an address of nobody": (
+        ["--address", "127.0.0.1:1"],
+        ["launch.address", "cannot join '127.0.0.1:1'", "refused"],
+    ),
     "no rounds": (["--rounds", "0"], ["rounds", "found 0", "greater than or equal to 1"]),
     "fewer rounds": (["--rounds", "-1"], ["rounds", "found -1"]),
     "rounds in words": (["--set", "rounds=ten"], ["rounds", "found 'ten'", "integer"]),

@@ -50,6 +50,7 @@ def cluster() -> Iterator[None]:
 def places(launch: LaunchConfig) -> list[ConfigRecord]:
     grid = RayGrid(APP, 4, launch)
     try:
+        grid.ready()
         messages = [Message(RecordDict(), node, "train", group_id="1") for node in range(4)]
         replies = list(grid.send_and_receive(messages))
         assert not any(reply.has_error() for reply in replies)

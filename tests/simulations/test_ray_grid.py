@@ -55,6 +55,7 @@ def act(message: Message, context: Context) -> Message:
 @pytest.fixture(scope="module")
 def grid() -> Iterator[RayGrid]:
     grid = RayGrid(APP, 5, LaunchConfig(backend="ray", workers=2))
+    grid.ready()  # whoever has started first does all that is quick
     yield grid
     grid.close()
 

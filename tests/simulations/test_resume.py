@@ -327,7 +327,7 @@ def test_the_command_goes_on_and_says_when_nothing_is_left(
     [
         (["--seed", "1"], "seed: found 1, allowed: 0, with which the run in"),
         (["--rounds", "4"], "rounds: found 4, allowed: 3, with which"),
-        (["--workers", "2"], "launch.workers: found 2, allowed: 0"),
+        (["--set", "launch.threads=2"], "launch.threads: found 2, allowed: 1"),
         (["--method", "lora_fair"], "method: found 'lora_fair', allowed: 'fedavg'"),
         (["--set", "options.server=adam"], "options.server: found 'adam', allowed: None"),
         (["digits"], "adapter."),
@@ -349,6 +349,12 @@ def test_only_the_run_that_began_is_gone_on_with(
 def test_the_same_recipe_may_be_named_again(copy: Path) -> None:
     sets = [word for change in QUICK for word in ("--set", change)]
     assert main(["run", "tiny", *sets, "--rounds", "3", "--resume", str(copy)]) == 0
+
+
+def test_clients_may_go_on_elsewhere(copy: Path, begun: Path) -> None:
+    sets = ["launch.workers=2", "launch.resources.site=1", "launch.placement=pack"]
+    assert main(["run", *(w for s in sets for w in ("--set", s)), "--resume", str(copy)]) == 0
+    assert tree(copy) == tree(begun / "whole")
 
 
 @pytest.mark.parametrize("content", [None, "", "seed = ["])

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from simulations.descendants import adopt, end_descendants
+
 Listener = Callable[[int, FrameType | None], Any] | signal.Handlers  # Any: nobody looks at it
 GRACE = 4.0  # seconds for a command to end by itself; what was committed is safe either way
 SIGNALS: dict[signal.Signals, Listener] = {
@@ -43,9 +45,9 @@ class Heard:
             KeyboardInterrupt: always.
         """
         if self._timer is not None:
-            os._exit(self.code)
+            self._leave()
         self.number = number
-        self._timer = threading.Timer(GRACE, os._exit, [self.code])
+        self._timer = threading.Timer(GRACE, self._leave)
         self._timer.daemon = True
         self._timer.start()
         raise KeyboardInterrupt
@@ -54,6 +56,11 @@ class Heard:
         """End the process here: what the interpreter would tidy up takes seconds with Ray."""
         sys.stdout.flush()
         sys.stderr.flush()
+        self._leave()
+
+    def _leave(self) -> None:
+        """End the process, and all that it has started."""
+        end_descendants()
         os._exit(self.code)
 
     def forget(self) -> None:
@@ -66,16 +73,19 @@ class Heard:
 def hearing() -> Iterator[Heard]:
     """Let the first signal raise, and a second one or ``GRACE`` seconds end the process.
 
-    Signals that are ignored, or that somebody else listens to, are left alone.
+    What it has started ends with it. Signals that are ignored, or that somebody else listens to,
+    are left alone.
     """
     heard, before = Heard(), {}
     if threading.current_thread() is threading.main_thread():
         before = {n: usual for n, usual in SIGNALS.items() if signal.getsignal(n) is usual}
     for number in before:
         signal.signal(number, heard.hear)
+    adopt(True)
     try:
         yield heard
     finally:
+        adopt(False)
         heard.forget()
         for number, usual in before.items():
             signal.signal(number, usual)

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fedlora.errors import FedloraError
-from simulations import cli_privacy
+from simulations import cli_cluster, cli_privacy
 from simulations.cli_options import (
     Commands,
     as_json,
@@ -244,6 +244,7 @@ def version() -> None:
 
 
 fedlora.add_command(cli_privacy.privacy)
+fedlora.add_command(cli_cluster.cluster)
 
 
 if __name__ == "__main__":

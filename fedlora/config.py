@@ -132,8 +132,15 @@ class AdapterConfig(Part):
 
 # keys of [launch] that say where clients run, and nothing of what
 PLACES = (
-    *("backend", "workers", "address", "runtime_env"),
-    *("num_cpus", "num_gpus", "resources", "placement"),
+    "backend",
+    "workers",
+    "num_cpus",
+    "num_gpus",
+    "resources",
+    "address",
+    "placement",
+    "ship",
+    "runtime_env",
 )
 
 
@@ -161,6 +168,7 @@ class LaunchConfig(Part):
         address: of a running Ray cluster to join; empty starts one on this machine. On a cluster
             ``workers`` is the most there may be, 0 one for each client, as far as nodes have room.
         placement: of workers on nodes: ``spread`` them evenly, or ``pack`` them on few.
+        ship: bring the task's data and the base model to nodes that lack them.
         runtime_env: Ray's, for the workers; empty leaves each node's own environment.
         checkpoint: commit every so many rounds, so that ``fedlora run --resume`` can go on after
             them; 0 commits none.
@@ -177,6 +185,7 @@ class LaunchConfig(Part):
     resources: dict[str, Positive] = {}
     address: str = ""
     placement: Literal["spread", "pack"] = "spread"
+    ship: bool = False
     runtime_env: dict[str, Any] = {}  # Any: what Ray takes there
     checkpoint: CountOrZero = 1
 

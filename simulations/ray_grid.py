@@ -21,7 +21,7 @@ from simulations.placement import Costs
 from simulations.progress import Progress
 from simulations.ray_cluster import join_ray
 from simulations.ray_pool import LOOK, Pool
-from simulations.ray_worker import Hand, Shelf
+from simulations.ray_worker import Hand, Needs, Shelf
 from simulations.schedule import Job, Schedule
 from strategies.adding import Totals, to_tensors
 
@@ -64,8 +64,8 @@ class RayGrid(LocalGrid):
         keep_heap()
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by type of message
         self._joined = join_ray(launch)
-        wanted = needs.model_dump_json() if needs else ""
         try:
+            wanted = Needs.of(needs, launch.ship)
             grows = bool(launch.address) or not self._joined
             self._pool = Pool(client_app, launch, clients, grows, wanted, self.progress.note)
         except BaseException:

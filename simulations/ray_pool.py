@@ -15,10 +15,11 @@ from fedlora.errors import ConfigError, FedloraError
 from simulations.installed import compared, installed
 from simulations.ray_cluster import cores
 from simulations.ray_nodes import Node, alive, choose, wanted
-from simulations.ray_worker import Hand, Report, start_worker
+from simulations.ray_worker import Hand, Needs, Report, start_worker
 
+NOTHING = Needs()
 LOOK = 2.0  # seconds from one look at a cluster that may have grown to the next
-TRIES = 2  # workers in a row that may fail to start on a node until it is left out
+TRIES = 3  # workers that may die as they start on a node where none has started yet
 
 
 class Pool:
@@ -37,7 +38,7 @@ class Pool:
         launch: LaunchConfig,
         clients: int,
         grows: bool = False,
-        needs: str = "",
+        needs: Needs = NOTHING,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Start the workers.
@@ -47,7 +48,7 @@ class Pool:
             launch: how many there may be, what each reserves, where.
             clients: how many, the most workers on a cluster for which ``launch`` names no number.
             grows: whether nodes may join.
-            needs: what each loads as it starts: a ``ClientConfig`` as JSON, or nothing.
+            needs: what each loads as it starts.
             tell: told what a person should know of the nodes.
 
         Raises:
@@ -57,7 +58,8 @@ class Pool:
         self._app, self._launch, self._needs, self._tell = app, launch, needs, tell
         self._grows = grows
         self._unfit: dict[str, str] = {}  # why a node is left out, by its id
-        self._failed: Counter[str] = Counter()  # starts in a row, by node
+        self._failed: Counter[str] = Counter()  # starts that failed, by node
+        self._worked: set[str] = set()  # nodes where one has started
         self._told: set[str] = set()
         nodes = alive(launch)
         self._most = launch.workers or clients
@@ -89,8 +91,9 @@ class Pool:
     def started(self, hand: Hand) -> bool:
         """Hear what a worker that was starting says; False if it is gone, and another may start.
 
-        A worker that cannot do its work is ended. Its node is left out, unless the worker died and
-        it is its first: that may have been the node's end, or chance.
+        A worker that cannot do its work is ended, and its node left out. One that died as it
+        started may have been killed; only if that happens again and again where none has ever
+        started, the node is taken to be the cause.
         """
         reference, hand.starting = hand.starting, None
         node = hand.node.id
@@ -98,16 +101,17 @@ class Pool:
             report: Report = ray.get(reference)
         except ray.exceptions.RayError as error:
             self._failed[node] += 1
-            if self._failed[node] >= TRIES:
+            broken = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
+            if broken or (node not in self._worked and self._failed[node] >= TRIES):
                 self._leave_out(hand.node, _last_line(error))
             self.replace(hand)
             return False
-        self._failed[node] = 0
         differs, refused = compared(installed(), report.installed)
         if problem := report.problem or refused:
             self._leave_out(hand.node, problem)
             self.replace(hand)
             return False
+        self._worked.add(node)
         if differs:
             self._tell_once(f"node {hand.node.name}: {differs}")
         return True

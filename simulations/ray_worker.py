@@ -26,6 +26,7 @@ from simulations.parcels import Parcel, unwrap, wrap
 from simulations.profiling import Seconds, timed_work
 from simulations.ray_nodes import Node
 from simulations.schedule import Job
+from simulations.shipping import cargo, unload
 from simulations.summing import Reducer
 
 
@@ -42,13 +43,43 @@ class Report:
     installed: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What workers load as they start.
+
+    Attributes:
+        config: a ``ClientConfig`` as JSON, of which task and base model; empty for nothing.
+        shipped: what nodes may take of it from here; see ``simulations.shipping``.
+        stored: Ray's reference to that, if there is any; in a list, so that Ray brings it to nobody
+            who does not ask.
+    """
+
+    config: str = ""
+    shipped: tuple[str, ...] = ()
+    stored: tuple[Any, ...] = ()  # Any: see Hand
+
+    @staticmethod
+    def of(config: ClientConfig | None, ship: bool) -> Needs:
+        """The needs of a run's clients.
+
+        Raises:
+            ConfigError: what is to be shipped is not here.
+        """
+        if config is None:
+            return Needs()
+        files = cargo(config) if ship else {}
+        content = {name: path.read_bytes() for name, path in files.items()}
+        stored = (ray.put(content),) if files else ()
+        return Needs(config.model_dump_json(), tuple(files), stored)
+
+
 class Worker:
     """The client app, in it the resident base model, and the arrays of the round that runs."""
 
-    def __init__(self, app: str, threads: int, needs: str) -> None:
+    def __init__(self, app: str, threads: int, needs: Needs) -> None:
         """Import the app (``module:attribute``) and set this process's torch threads.
 
-        ``needs`` is a ``ClientConfig`` as JSON, whose task and base model ``report`` loads.
+        ``report`` loads what it ``needs``.
         """
         torch.set_num_threads(threads)
         keep_heap()
@@ -62,11 +93,13 @@ class Worker:
     def report(self) -> Report:
         """Load what the first clients will need, and say whether it is here."""
         problem = ""
-        if self._needs:
+        needs = self._needs
+        if needs.config:
             try:
+                unload(needs.shipped, lambda: ray.get(needs.stored[0]))
                 from clients.resident import resident  # its libraries take seconds to import
 
-                resident(ClientConfig.model_validate_json(self._needs))
+                resident(ClientConfig.model_validate_json(needs.config))
             except FedloraError as error:
                 problem = str(error)
             except Exception as error:  # whatever stops it here stops every client
@@ -126,7 +159,7 @@ class Hand:
     starting: Any = None
 
 
-def start_worker(app: str, launch: LaunchConfig, node: str, needs: str) -> Any:  # Any: see Hand
+def start_worker(app: str, launch: LaunchConfig, node: str, needs: Needs) -> Any:  # Any: see Hand
     """A fresh worker on a node, with the launch's resources; it fails if the node is gone."""
     kind: Any = ray.remote(Worker)
     options = kind.options(

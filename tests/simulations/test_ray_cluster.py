@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from fedlora.config import LaunchConfig
 from fedlora.errors import ConfigError, FedloraError
+from fedlora.fetch import VADER_FILE
 from simulations import launch, ray_pool
 from simulations.installed import installed
 from simulations.progress import Progress
@@ -196,3 +197,28 @@ def test_two_nodes_give_the_bits_of_one_process_also_where_one_is_lost(
         there = launch.run(load("tiny").resolve(None, sets), tmp_path / name, told)
         assert bits(there) == bits(here)
     assert not cluster.worker_nodes
+
+
+@pytest.mark.slow
+def test_a_node_without_the_data_is_named_or_brought_it(cluster: Cluster, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    node = cluster.add_node(num_cpus=2, env_vars={"FEDLORA_DATA": str(empty)})
+    try:
+        sets = ["task.name=vader", "task.rows_per_group=10", "train.steps=2", "rounds=1"]
+        sets += ["launch.backend=ray", f"launch.address={cluster.address}", "launch.workers=3"]
+        found = []
+        for ship in ("false", "true"):
+            settled(cluster)
+            told = Told()
+            config = load("tiny").resolve(None, [*sets, f"launch.ship={ship}"])
+            found.append(bits(launch.run(config, tmp_path / ship, told)))
+            notes = [note for note in told.notes if "left out" in note]
+            if ship == "false":
+                (note,) = notes
+                assert f"vader: not found at {empty}/" in note and "fedlora fetch vader" in note
+                assert not empty.exists()
+            else:
+                assert not notes and [path.name for path in empty.iterdir()] == [VADER_FILE]
+        assert found[0] == found[1]
+    finally:
+        cluster.remove_node(node)

@@ -18,7 +18,10 @@ from tests.simulations.ray_stops import ROUNDS, stopped
 from tests.simulations.resumed import QUICK
 from tests.simulations.test_agreement import bits
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves its processes unread
+]
 
 
 def test_nothing_stays_behind_of_a_ray_that_was_starting(tmp_path: Path) -> None:

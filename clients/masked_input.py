@@ -85,6 +85,8 @@ class Turn:
         if len(included) > fixed.clients:
             raise WireError("masked sums: more clients than sums were sized for")
         sealed = cast(list[bytes], asked["sealed"])
+        if len(sealed) != len(included):
+            raise WireError(f"masked sums: {len(sealed)} sealed shares of {len(included)} clients")
         order, mine = SumsOrder.read(str(asked["order"])), masking.secrets_in(state)
         return Turn(roster, mine, node, included, order, fixed, sealed)
 
@@ -145,7 +147,7 @@ class Turn:
 
 def masked_reply(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A Flower mod: a training message that asks for masks gets a masked reply."""
-    if message.metadata.message_type != "train":
+    if message.metadata.message_type.partition(".")[0] != "train":
         return call_next(message, context)
     turn = Turn.of(message, context)
     reply = call_next(message, context)

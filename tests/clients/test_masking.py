@@ -211,6 +211,8 @@ def test_a_client_looks_at_who_is_to_be_in_the_sum() -> None:
     for included in (rest, [str(node)], [str(node), *rest, "77"], [str(node), str(node), *rest]):
         with refused("clients are to be in the sum, allowed: 3 or more of those that gave keys"):
             fed.train(node, included=included)
+    with refused("1 sealed shares of 3 clients"):
+        fed.train(node, sealed=[b"x"])
     with refused("more clients than sums were sized for"):
         fed.train(node, of=2)
     assert fed.train(node)
@@ -220,8 +222,9 @@ def test_a_node_may_refuse_what_is_not_masked_or_of_too_few() -> None:
     content = {"arrays": record_of(START), "config": ConfigRecord({"train": "AB"})}
     assert Federation().send(NODES[0], "train", RecordDict({**content}))
     fed = Federation(masked=3)
-    with refused("this node sends masked updates alone", PrivacyError):
-        fed.send(NODES[0], "train", RecordDict({**content}))
+    for kind in ("train", "train.default"):
+        with refused("this node sends masked updates alone", PrivacyError):
+            fed.send(NODES[0], kind, RecordDict({**content}))
     fed.trained()
     with refused("found a threshold of 3 clients, allowed: at least 4", PrivacyError):
         Federation(masked=4).masks.open()

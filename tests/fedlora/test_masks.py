@@ -96,7 +96,7 @@ def uneven(words: Words) -> float:
 @pytest.mark.parametrize("bits", [32, 12])
 def test_an_upload_looks_uniform_to_whoever_lacks_a_mask(bits: int) -> None:
     """Bytes of one upload; also where all its masks with others are known, but not its own."""
-    clients, node = Clients(20_000, bits), NODES[1]
+    clients, node = Clients(8_000, bits), NODES[1]
     width = numpy.dtype(clients.fixed.dtype).itemsize
     sent = clients.sent(node, NODES)
     bare = unmasked(sent, clients.roster, {node: clients.secrets[node].own}, {})
@@ -108,7 +108,7 @@ def test_an_upload_looks_uniform_to_whoever_lacks_a_mask(bits: int) -> None:
             low, high = sorted((node, other))
             purpose = f"mask a sum {low} {high}"
             stream = keystream(
-                agreed(key, clients.roster.keys[node].mask, purpose), 20_000, sent.dtype.name
+                agreed(key, clients.roster.keys[node].mask, purpose), 8_000, sent.dtype.name
             )
             pairs_gone += stream if other < node else -stream
     own = pairs_gone - clients.words(node)

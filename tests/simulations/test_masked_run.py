@@ -24,6 +24,7 @@ from simulations.grid import InProcessGrid
 from simulations.progress import Progress
 from simulations.recipe import load
 from simulations.server_app import strategy_for
+from tests.simulations import resumed
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its files
@@ -183,3 +184,14 @@ def test_recipes_that_cannot_be_masked(method: str, change: str, reason: str) ->
     more += ["clock.mode=rounds", "clock.speeds=lognormal"] if "over" in change else []
     with pytest.raises(ConfigError, match=reason):
         load("tiny").resolve(method, ["launch.sums=masked", change, *more])
+
+
+@pytest.mark.slow
+def test_a_masked_run_that_dies_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("method=lora_fair", "launch.sums=masked", "rounds=2", "train.steps=1")
+    resumed.run(tmp_path / "whole", *changes)
+    resumed.die(monkeypatch, "received@2", tmp_path / "killed", *changes)
+    resumed.run(tmp_path / "killed", *changes, resume=True)
+    assert resumed.tree(tmp_path / "killed") == resumed.tree(tmp_path / "whole")

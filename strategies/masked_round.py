@@ -87,7 +87,7 @@ def _merged(
     """
     trace, state, layout = strategy.trace, strategy._state, strategy._layout
     assert state is not None and layout is not None  # configure_train has set them
-    each = trace.bytes_down // len(messages)
+    each, trace.bytes_down = trace.bytes_down // len(messages), 0
     config, plan = strategy.secure, strategy.plan(server_round)
     asked, notes = trace.asked, trace.failures
     masks = MaskedSum.of(grid, server_round, timeout, asked, config, notes)

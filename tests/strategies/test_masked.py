@@ -16,11 +16,12 @@ from fedlora.errors import ConfigError, FedloraError
 from fedlora.fixed_point import FixedPoint, clear_sums
 from fedlora.lowrank import LoraPair
 from fedlora.rounds import INPUTS, MASKED
+from fedlora.wire import size
 from simulations.grid import InProcessGrid
 from strategies import ClientPrivacy, Krum, LoraFair
 from strategies.base import LoraStrategy
-from tests.helpers import bits, build, difference
-from tests.masked_cases import Done, Lossy, act, app, examples_of, run, update_of
+from tests.helpers import bits, build, difference, record_of
+from tests.masked_cases import START, Done, Lossy, act, app, examples_of, run, update_of
 
 torch.set_num_threads(1)
 RULES: dict[str, dict[str, Any]] = {
@@ -135,6 +136,8 @@ def test_one_lost_at_each_of_two_stages_and_one_that_raises() -> None:
 def test_too_few_at_any_stage_lose_the_round(stage: str, what: str) -> None:
     done = run(rule(), Lossy(CLIENTS, [(stage, node) for node in (1, 2, 5)]))
     assert not done.records[1].merged and bits(done.arrays) == bits(run(rule(), Lossy(1)).arrays)
+    asked = {"keys": 0, "shares": 0}.get(stage, CLIENTS)
+    assert done.records[1].bytes_down == asked * size(record_of(START))  # to whom it was sent
     reason = f"masked sums: 4 clients {what}, 5 needed (secure.threshold)"
     assert done.reasons[None] == f"{reason}: the adapter stays as it was"
 

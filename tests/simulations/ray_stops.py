@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simulations.chaos_kills import STOPPED
-from simulations.chaos_runs import PATIENCE
-from tests.simulations.resumed import QUICK
+from simulations.chaos_runs import PATIENCE, QUICK
 
 MARK = "FEDLORA_STOPPED_RUN"  # in the environment of all that a run starts
 LEFT = 5.0  # seconds until what was started must be gone as well

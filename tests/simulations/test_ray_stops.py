@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from simulations import launch
+from simulations.chaos_runs import QUICK
 from simulations.cli import main
 from simulations.descendants import adopt, descendants, end_descendants
 from simulations.progress import Progress
 from simulations.recipe import load
 from tests.simulations.ray_stops import ROUNDS, stopped
-from tests.simulations.resumed import QUICK
 from tests.simulations.test_agreement import bits
 
 pytestmark = [

@@ -136,7 +136,7 @@ def test_a_client_that_never_ends_is_left_out(grid: RayGrid) -> None:
 
 
 def test_nothing_is_left_running_when_nobody_takes_the_replies(grid: RayGrid) -> None:
-    ask(grid)  # warm
+    grid.ready()
     config = ConfigRecord({"sleep-4": True})
     messages = [
         Message(RecordDict({"config": config}), node, "train", group_id="1")

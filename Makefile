@@ -1,6 +1,7 @@
 # make demo   sets up everything and runs the quickstart comparison on real data
 # make test   sets up everything and passes the tests
 # make test-slow  the tests that take minutes each
+# make test-deploy  the tests that run a SuperLink and SuperNodes: some minutes
 # make mistakes   puts known privacy mistakes into a copy of the code; each must fail a test
 # make lint   style, types and the floors of the house
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow mistakes lint setup data clean
+.PHONY: demo test test-slow test-deploy mistakes lint setup data clean
 
 demo: setup
 	$(BIN)/fedlora fetch vader
@@ -21,6 +22,9 @@ test: data
 
 test-slow: data
 	$(BIN)/python -m pytest -m slow
+
+test-deploy: data
+	$(BIN)/python -m pytest -m deploy
 
 mistakes: data
 	$(BIN)/python -m tests.mistakes

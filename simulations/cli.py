@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fedlora.errors import FedloraError
-from simulations import cli_cluster, cli_privacy
+from simulations import cli_cluster, cli_node, cli_privacy
 from simulations.cli_options import (
     Commands,
     as_json,
@@ -245,6 +245,7 @@ def version() -> None:
 
 fedlora.add_command(cli_privacy.privacy)
 fedlora.add_command(cli_cluster.cluster)
+fedlora.add_command(cli_node.node)
 
 
 if __name__ == "__main__":

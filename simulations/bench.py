@@ -20,6 +20,7 @@ from rich.table import Table
 from fedlora.errors import ConfigError, choose
 from simulations import bench_gpu
 from simulations.bench_cohort import CROWDS, SIZES, cohort, packs
+from simulations.bench_deploy import deploy
 from simulations.bench_figure import ratios
 from simulations.bench_flower import flower
 from simulations.bench_gpu import gpu
@@ -47,6 +48,7 @@ BENCHES: dict[str, tuple[str, Bench]] = {
     "scale": ("Does a client cost more among ten thousand than among a hundred?", scale),
     "gpu": ("How many times as fast are packs on a GPU, and how near the base's limit?", gpu),
     "server": ("What does each rule's merge cost for a 7B model's adapters?", server),
+    "deploy": ("How long does a deployed round take, with a resident trainer and without?", deploy),
 }
 QUICK: dict[str, Bench] = {  # the lines of --quick, where they are not all
     "cohort": partial(cohort, crowds=CROWDS[:1]),
@@ -55,6 +57,7 @@ QUICK: dict[str, Bench] = {  # the lines of --quick, where they are not all
     "privacy": partial(privacy, subjects=SUBJECTS[1:], crowds=()),
     "gpu": bench_gpu.quick,
     "server": partial(server, subject=SMALL_SERVER),
+    "deploy": partial(deploy, model="tiny"),
 }
 PAIRS, QUICK_PAIRS = 5, 2
 THREADS = 1  # torch threads, as each worker has by default

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from simulations import launch
+from simulations import bench_deploy, launch
 from simulations.node.loopback import loopback
 from simulations.progress import Progress
 from simulations.recipe import load
@@ -60,3 +60,10 @@ def test_two_nodes_share_a_trainer_that_is_killed(tmp_path: Path) -> None:
     for record in [*seen, *wanted]:
         del record["seconds"]
     assert seen == wanted
+
+
+def test_the_bench_measures_three_kinds_of_rounds() -> None:
+    rows = bench_deploy.deploy(1, lambda text: None, "tiny")
+    assert [(row.pairs, row.allowed) for row in rows] == [(1, 1.5), (1, None), (1, None)]
+    assert rows[0].ours == rows[2].ours and rows[1].ours == rows[2].peer
+    assert all(0 < row.ratio < 1000 for row in rows)

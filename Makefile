@@ -2,6 +2,7 @@
 # make test   sets up everything and passes the tests
 # make test-slow  the tests that take minutes each
 # make test-deploy  the tests that run a SuperLink and SuperNodes: some minutes
+# make test-browser  the page of a report in Debian's chromium, driven by chromium-driver
 # make mistakes   puts known privacy mistakes into a copy of the code; each must fail a test
 # make lint   style, types and the floors of the house
 
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-deploy mistakes lint setup data clean
+.PHONY: demo test test-slow test-deploy test-browser mistakes lint setup data clean
 
 demo: setup
 	$(BIN)/fedlora fetch vader
@@ -25,6 +26,10 @@ test-slow: data
 
 test-deploy: data
 	$(BIN)/python -m pytest -m deploy
+
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser -rs
 
 mistakes: data
 	$(BIN)/python -m tests.mistakes

@@ -169,6 +169,7 @@ def list_names(**given: Any) -> None:  # Any: as listing.list_names declares the
 
 @fedlora.command()
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", is_flag=True, help="Also one page, report.html, and curves.svg.")
 @out_folder
 @as_json
 def report(**given: Any) -> None:  # Any: as commands.report declares them

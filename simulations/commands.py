@@ -98,14 +98,20 @@ def compare(
     show(finished, {**where, "left_out": left_out}, as_json, profile)
 
 
-def report(folders: Sequence[Path], out: Path | None, as_json: bool) -> None:
-    """The rows of finished runs, written beside them or into ``out``."""
+def report(folders: Sequence[Path], html: bool, out: Path | None, as_json: bool) -> None:
+    """The rows of finished runs, written beside them or into ``out``; ``html`` as a page too."""
     from simulations.run_folders import KEPT, collect, keep
     from simulations.tables import write
 
-    finished = collect(folders)
     target = folders[0] if out is None and len(folders) == 1 else out
+    if html and not target:
+        raise ConfigError("--html: found several folders, allowed: one, or --out beside them")
+    finished = collect(folders)
     written = [str(path) for path in write(finished, target)] if target else []
+    if html and target:
+        from simulations.report_page.page import write_page
+
+        written += [str(path) for path in write_page(finished, target)]
     if out:
         written.append(str(keep(finished, out / KEPT)))
     if not target:

@@ -36,6 +36,7 @@ LOOKS: dict[Any, Any] = {  # Any: matplotlib types the keys as one long Literal
     "axes.edgecolor": "#888888",
     "lines.linewidth": 2,
     "lines.markersize": 5,
+    "svg.hashsalt": "fedlora",  # so that the same runs give the same file
 }
 EXACT = 1e-6  # float32 factors leave about 1e-7 where a rule is exact
 Line = tuple[NDArray[numpy.float64], NDArray[numpy.float64]]  # one run's x and y
@@ -48,7 +49,8 @@ def sheet(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with writing(path):
-            figure.savefig(path, dpi=150)
+            undated = {"Date": None} if path.suffix == ".svg" else None
+            figure.savefig(path, dpi=150, metadata=undated)
 
 
 def legend_room(names: Collection[str]) -> tuple[int, float]:

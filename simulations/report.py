@@ -179,7 +179,7 @@ def _settings(run: Run, ignored: Sequence[str]) -> dict[str, Any]:
 def _names(runs: Sequence[Run], ignored: Sequence[str]) -> list[str]:
     """A name for each row: the method, and where two share it, what tells them apart."""
     methods = [str(run.config.get("method", "?")) for run in runs]
-    flat = [_flat(_settings(run, ignored)) for run in runs]
+    flat = [flattened(_settings(run, ignored)) for run in runs]
     names = []
     for method, settings in zip(methods, flat, strict=True):
         rivals = [other for name, other in zip(methods, flat, strict=True) if name == method]
@@ -198,12 +198,12 @@ def _differs(key: str, value: object, other: Mapping[str, object]) -> bool:
     return other.get(key, value if free else None) != value
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -6,7 +6,7 @@ import json
 import statistics
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Run:
     config: dict[str, Any]
     rounds: list[dict[str, Any]]
     summary: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)  # empty where nothing tells it
+    privacy: dict[str, Any] = field(default_factory=dict)  # the statement of a private run
 
     @property
     def seed(self) -> int:
@@ -56,21 +58,28 @@ def read_run(folder: Path) -> Run:
         config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{folder / 'config.toml'}: {error}") from None
-    summary = folder / "summary.json"
     return Run(
         folder=folder,
         config=config,
         rounds=_read_rounds(folder / "rounds.jsonl"),
-        summary=_record(summary.read_text(encoding="utf-8"), str(summary))
-        if summary.is_file()
-        else {},
+        summary=_beside(folder / "summary.json"),
+        environment=_beside(folder / "environment.json"),
+        privacy=_beside(folder / "privacy.json"),
     )
 
 
 def keep(runs: Iterable[Run], path: Path) -> Path:
     """Write what tables and figures need of the runs, a line each, for ``collect`` to read."""
     lines = [
-        json.dumps({"name": run.folder.name, "config": run.config, "rounds": run.rounds})
+        json.dumps(
+            {
+                "name": run.folder.name,
+                "config": run.config,
+                "rounds": run.rounds,
+                **({"environment": run.environment} if run.environment else {}),
+                **({"privacy": _but_clients(run.privacy)} if run.privacy else {}),
+            }
+        )
         for run in runs
     ]
     try:
@@ -78,6 +87,11 @@ def keep(runs: Iterable[Run], path: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
     return path
+
+
+def _but_clients(statement: dict[str, Any]) -> dict[str, Any]:
+    """A statement without its line for each client."""
+    return {key: value for key, value in statement.items() if key != "clients"}
 
 
 def _kept(path: Path) -> dict[Path, Run]:
@@ -89,8 +103,10 @@ def _kept(path: Path) -> dict[Path, Run]:
         config, rounds = record.get("config"), record.get("rounds")
         if not isinstance(config, dict) or not isinstance(rounds, list) or not rounds:
             raise ConfigError(f"{where}: no run; found the keys {', '.join(record)}")
+        told = [record.get(key) for key in ("environment", "privacy")]
+        environment, privacy = (one if isinstance(one, dict) else {} for one in told)
         place = path / str(number)
-        runs[place] = Run(place, config, rounds, {})
+        runs[place] = Run(place, config, rounds, {}, environment, privacy)
     return runs
 
 
@@ -137,6 +153,11 @@ def _read_rounds(path: Path) -> list[dict[str, Any]]:
     if not rounds:
         raise ConfigError(f"{path}: empty, the run was stopped before round 0 was measured")
     return rounds
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """A JSON object that a run folder may have."""
+    return _record(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
 
 
 def _record(text: str, where: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def trade_off(runs: Sequence[Run], path: Path) -> bool:
     if not lines:
         return False
     ticks = sorted({epsilon for points in lines.values() for epsilon in points})
-    places = _places(ticks)
+    places = places_of(ticks)
     with sheet(path, 6.5, 4.5) as figure:
         axes = figure.subplots()
         for number, (name, points) in enumerate(lines.items()):
@@ -73,12 +73,12 @@ def trade_off(runs: Sequence[Run], path: Path) -> bool:
             [f"{epsilon:g}" if math.isfinite(epsilon) else "no privacy" for epsilon in ticks],
         )
         axes.set_title("Mean accuracy after the last round")
-        axes.set_xlabel(_label(runs))
+        axes.set_xlabel(axis_label(runs))
         axes.legend(frameon=False, loc="lower right")
     return True
 
 
-def _places(epsilons: Sequence[float]) -> dict[float, float]:
+def places_of(epsilons: Sequence[float]) -> dict[float, float]:
     """Where each epsilon stands between 0 and 1: by its logarithm, an infinite one at the end."""
     logs = {epsilon: math.log(epsilon) for epsilon in epsilons if math.isfinite(epsilon)}
     low, high = min(logs.values()), max(logs.values())
@@ -86,7 +86,7 @@ def _places(epsilons: Sequence[float]) -> dict[float, float]:
     return {**{e: end * (log - low) / width for e, log in logs.items()}, math.inf: 1.0}
 
 
-def _label(runs: Sequence[Run]) -> str:
+def axis_label(runs: Sequence[Run]) -> str:
     """Epsilon with the delta and the unit it holds for."""
     (kind,) = {_kind(run) for run in runs} - {""}
     privacy = json.loads(kind)

@@ -184,5 +184,10 @@ def test_the_wheel_holds_the_four_packages_and_their_data(tmp_path: Path) -> Non
         "simulations/recipes/quickstart.toml",
         "fedlora/tasks/tweets.jsonl",
         "fedlora/mixer.json",
+        "simulations/report_page/report.html",
+        "simulations/report_page/report.css",
+        "simulations/report_page/marks.js",
+        "simulations/report_page/table.js",
+        "simulations/report_page/charts.js",
     ):
         assert needed in names

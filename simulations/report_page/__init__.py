@@ -1,0 +1,1 @@
+"""``fedlora report --html``: runs as one page that needs nothing but itself."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fedlora.errors import WireError
 from fedlora.lowrank import Adapter
@@ -57,10 +58,14 @@ def collect(
     failures: list[Failure] = []
     answered: set[int] = set()
     numbers = {*asked, *asked.values()}
+    unreachable: set[str] = set()
     bytes_up = 0
     for message in sorted(replies, key=lambda message: message.metadata.src_node_id):
         node = message.metadata.src_node_id
         client = asked.get(node, node)
+        if node == SUPERLINK_NODE_ID and node not in asked and message.has_error():
+            unreachable.add(message.error.reason)  # Flower's own word for a node that is gone
+            continue
         try:
             if node not in asked:
                 raise WireError("was not asked")
@@ -76,7 +81,8 @@ def collect(
             good[reply.client] = reply
         except WireError as error:
             failures.append(refusal(client, stage, error))
-    failures += [Failure(asked[node], stage, "no reply") for node in asked.keys() - answered]
+    silence = ": ".join(["no reply", *sorted(unreachable)])
+    failures += [Failure(asked[node], stage, silence) for node in asked.keys() - answered]
     failures.sort(key=lambda failure: (failure.client or 0, failure.reason))
     return Collected(tuple(good[client] for client in sorted(good)), tuple(failures), bytes_up)
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 
 from fedlora.lowrank import Adapter, LoraPair
 from fedlora.rounds import HALVED
@@ -220,6 +220,23 @@ def test_a_reply_from_a_node_that_was_not_asked_is_refused(method: str) -> None:
     done = play(strategy, START, script, clients=2)
     assert done.reasons == {1: "no reply", 77: "was not asked"}
     assert done.records[1].clients == (0,)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_node_that_flower_says_is_gone_is_told_as_such(method: str) -> None:
+    """Flower answers for it from the SuperLink's own number, which is no client's."""
+    strategy = build(method)
+    content = replies(strategy, uploads(strategy, START, 2), [1.0, 2.0])
+
+    def script(node: int, message: Message) -> Answer:
+        if node == 10:
+            return content[0]
+        elsewhere = Message(RecordDict(), SUPERLINK_NODE_ID, "train", group_id="1")
+        return Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=elsewhere)
+
+    done = play(strategy, START, script, clients=2, first=10)
+    assert done.reasons == {11: "no reply: Node Unavailable"}
+    assert len(done.records[1].clients) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

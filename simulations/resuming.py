@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,11 @@ def config_of(
     return config.model_copy(update={"launch": asked.launch})
 
 
+def same_run_in(folder: Path, asked: RunConfig) -> None:
+    """As ``same_run``, of the run that a folder holds."""
+    same_run(folder, config_of(folder, None, None, []), asked)
+
+
 def same_run(folder: Path, began: RunConfig, asked: RunConfig) -> None:
     """Refuse to go on with a run under another configuration.
 
@@ -79,7 +85,7 @@ def state_of(folder: Path, config: RunConfig) -> State:
             for path in found:
                 path.unlink()
         return "new"
-    same_run(folder, config_of(folder, None, None, []), config)
+    same_run_in(folder, config)
     return "finished" if finished(folder) else "begun"
 
 
@@ -139,18 +145,22 @@ class Resumable:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from running the run in a folder meanwhile.
 
     Raises:
-        ConfigError: one does already.
+        ConfigError: one does already, and still after ``patience`` seconds.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor, ends = os.open(folder, os.O_RDONLY), time.monotonic() + patience
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"{folder}: another process runs this run now") from None
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= ends:
+                    raise ConfigError(f"{folder}: another process runs this run now") from None
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)

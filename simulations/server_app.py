@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
@@ -16,6 +17,7 @@ from fedlora.base_change import widened
 from fedlora.calibration import ClientPlan
 from fedlora.config import ClientConfig, RunConfig
 from fedlora.disk import whole_folder
+from fedlora.errors import FedloraError
 from fedlora.faults import check_armed, reach
 from fedlora.ledger import Ledger
 from fedlora.lowrank import Adapter
@@ -25,6 +27,7 @@ from fedlora.wire import Layout
 from simulations import recipe
 from simulations.census import census
 from simulations.clock import check_runtime, clocked
+from simulations.deploy.telling import Told
 from simulations.figures import curves
 from simulations.grid import LocalGrid
 from simulations.packing import clients_together
@@ -33,7 +36,7 @@ from simulations.profiling import profiled
 from simulations.progress import Progress
 from simulations.protection import plan_privacy, protected
 from simulations.results import claim, default_folder
-from simulations.resuming import Resumable, alone, contexts
+from simulations.resuming import Resumable, alone, contexts, finished, same_run_in
 from simulations.run_config import from_run_config
 from simulations.run_folders import read_run
 from simulations.statement import ledger_folder, statement
@@ -42,6 +45,8 @@ from strategies import METHODS, LoraStrategy
 from strategies.own_rows import Measuring
 from strategies.snapshot import Snapshot
 
+NODE_TIMEOUT = 600.0  # seconds to wait for nodes that are not connected
+LEAVING = 30.0  # seconds for a server app whose SuperLink died to let go of its run
 EVALUATORS = 16  # clients that share the measuring of a round
 PROMISE = ("unit", "relation", "sampling", "epsilon", "delta", "planned", "accountant", "claim")
 
@@ -53,26 +58,51 @@ def main(grid: Grid, context: Context) -> None:
     """Run what the run config describes; see ``run_config.from_run_config``.
 
     ``folder`` in the run config says where results go; empty takes the default. With ``resume``
-    the run that it holds is gone on with.
+    the run that it holds is gone on with. ``tell`` puts ``rounds`` into the log for who submitted
+    the run, or the ``files`` as well; ``wait`` is how many seconds to wait for nodes.
     """
     check_armed()
     config = from_run_config(context.run_config)
-    named = str(context.run_config.get("folder", ""))
+    named, told = (str(context.run_config.get(key, "")) for key in ("folder", "tell"))
     folder, resume = Path(named or default_folder(config.name)), context.run_config.get("resume")
-    if not resume:
-        claim(folder)
-    with alone(folder):
-        serve(config, grid, folder, bool(resume))
+    wait = float(cast(float, context.run_config.get("wait", 0.0))) or NODE_TIMEOUT
+    progress: Progress = Told() if told else getattr(grid, "progress", Progress())
+    try:
+        if resume:
+            same_run_in(folder, config)
+        else:
+            claim(folder)
+        with alone(folder, LEAVING if told else 0.0):
+            if resume and finished(folder):
+                progress.note(f"{folder}: finished already")
+            else:
+                serve(config, grid, folder, bool(resume), progress, wait)
+            if told == "files":
+                Told().send(folder)
+    except FedloraError as error:
+        if told:
+            Told().refused(error)
+        raise
 
 
-def serve(config: RunConfig, grid: Grid, folder: Path, resume: bool = False) -> None:
-    """Run the federation on a grid and leave its results in ``folder``, or ``resume`` it there."""
-    progress: Progress = getattr(grid, "progress", Progress())
+def serve(
+    config: RunConfig,
+    grid: Grid,
+    folder: Path,
+    resume: bool = False,
+    progress: Progress | None = None,
+    node_timeout: float = NODE_TIMEOUT,
+) -> None:
+    """Run the federation on a grid and leave its results in ``folder``, or ``resume`` it there.
+
+    ``progress`` is the grid's if it is left out; ``node_timeout`` are seconds to wait for nodes.
+    """
+    progress = progress or getattr(grid, "progress", Progress())
     check_runtime(config, grid)
     with threads(config.launch.threads):
         here = resident(server_view(config))
         ledger, initial = Ledger(ledger_folder(config, folder)), ArrayRecord(here.first)
-        strategy = strategy_for(config, here.model.scales())
+        strategy = strategy_for(config, here.model.scales(), node_timeout)
         known = census(config, here, grid)
         planned = plan_privacy(config, here, strategy, known.counts)
         strategy = protected(strategy, config, planned, ledger)
@@ -158,10 +188,12 @@ def client_config(
     return record
 
 
-def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy:
+def strategy_for(
+    config: RunConfig, scales: Mapping[str, float], node_timeout: float = NODE_TIMEOUT
+) -> LoraStrategy:
     """The run's method, with Flower's options as the recipe gives them.
 
-    ``scales``: see ``AdaptedModel.scales``.
+    ``scales``: see ``AdaptedModel.scales``; ``node_timeout``: seconds to wait for nodes.
     """
     kind = METHODS[config.method]
     options = recipe.method_options(config)
@@ -178,6 +210,7 @@ def strategy_for(config: RunConfig, scales: Mapping[str, float]) -> LoraStrategy
         min_evaluate_nodes=evaluators,
         min_available_nodes=number,
         settle=0.0,
+        node_timeout=node_timeout,
         scales=scales,
         ranks=ranks_of(config.adapter),
         sums=config.launch.sums,

@@ -1,0 +1,1 @@
+"""Deployments on Flower's SuperLink and SuperNodes: made, checked, run."""

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fedlora.errors import FedloraError
-from simulations import cli_cluster, cli_node, cli_privacy
+from simulations import cli_cluster, cli_deploy, cli_node, cli_privacy
 from simulations.cli_options import (
     Commands,
     as_json,
@@ -244,6 +244,7 @@ def version() -> None:
     commands.version()
 
 
+fedlora.add_command(cli_deploy.deploy)
 fedlora.add_command(cli_privacy.privacy)
 fedlora.add_command(cli_cluster.cluster)
 fedlora.add_command(cli_node.node)

@@ -130,6 +130,25 @@ def test_what_is_to_be_reproduced_is_kept() -> None:
         assert cells and not [cell.refused for cell in cells if cell.refused], folder
 
 
+def test_deployments_would_run() -> None:
+    """`fedlora deploy` in `sh` blocks: the options are there, and so is the recipe as it is set."""
+    from simulations.cli_deploy import deploy
+    from simulations.recipe import load
+
+    found = set()
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line)
+                if words[:2] != ["fedlora", "deploy"]:
+                    continue
+                given = deploy.commands[words[2]].make_context(words[2], words[3:]).params
+                if words[2] == "run":
+                    load(given["recipe"]).resolve(given["method"], given["settings"])
+                found.add(words[2])
+    assert {"check", "run"} <= found
+
+
 def test_long_benches_would_run() -> None:
     """`fedlora bench` commands in `sh` blocks: the bench is there, and its folder is theirs."""
     from simulations.bench import BENCHES

@@ -97,7 +97,7 @@ def serve(
 
     ``progress`` is the grid's if it is left out; ``node_timeout`` are seconds to wait for nodes.
     """
-    progress = progress or getattr(grid, "progress", Progress())
+    progress = progress or cast(Progress, getattr(grid, "progress", Progress()))
     check_runtime(config, grid)
     with threads(config.launch.threads):
         here = resident(server_view(config))

@@ -235,7 +235,7 @@ def node(tmp_path: Path) -> Iterator[tuple[Path, psutil.Process]]:
     with (tmp_path / "node.out").open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
-        until(lambda: state.exists() or process.poll() is not None, 120)
+        until(lambda: state.exists() or process.poll() is not None, 300)
         assert state.exists(), (tmp_path / "node.out").read_text()
         yield state, psutil.Process(process.pid)
     finally:

@@ -48,19 +48,25 @@ def facts(runs: Sequence[Run]) -> Markup:
 
 
 def promises(found: Comparison) -> Markup:
-    """What each private row promises and has spent, and what no promise covers."""
-    told = []
-    for name, runs in found.runs.items():
-        private = [run for run in runs if run.config.get("privacy", {}).get("unit") != "none"]
-        if private and private[0].config.get("privacy"):
-            told.append(_promise(name, private))
-    return joined(*told) if told else tag("p", "No run is private: nothing is promised.")
+    """What each private row promises and has spent, once for rows of which the same is told."""
+    told: dict[Markup, list[str]] = {}
+    for name, runs in zip(found.names, found.runs.values(), strict=True):
+        private = [
+            run for run in runs if run.config.get("privacy", {}).get("unit", "none") != "none"
+        ]
+        if private:
+            told.setdefault(_promise(private), []).append(name)
+    if not told:
+        return tag("p", "No run is private: nothing is promised.")
+    return joined(
+        *(tag("section", tag("h3", "; ".join(names)), text) for text, names in told.items())
+    )
 
 
 def environments(found: Comparison) -> Markup:
     """The machines and versions that runs had, each once, with the rows that had it."""
     kinds: dict[str, list[str]] = {}
-    for name, runs in found.runs.items():
+    for name, runs in zip(found.names, found.runs.values(), strict=True):
         for run in runs:
             shared = {k: v for k, v in run.environment.items() if k not in OF_ONE_RUN}
             kinds.setdefault(json.dumps(shared), []).append(f"{name}, seed {run.seed}")
@@ -78,7 +84,7 @@ def environments(found: Comparison) -> Markup:
 def commands(found: Comparison) -> Markup:
     """Each command once, with the runs that it made."""
     made: dict[str, list[str]] = {}
-    for name, runs in found.runs.items():
+    for name, runs in zip(found.names, found.runs.values(), strict=True):
         for run in runs:
             again = [one.get("command") for one in run.environment.get("resumed", [])]
             for command in [run.environment.get("command"), *again]:
@@ -110,28 +116,26 @@ def configurations(found: Comparison) -> Markup:
                 _code(_toml(runs[0].config)),
                 data_rule=rule,
             )
-            for (name, runs), rule in zip(found.runs.items(), found.rules, strict=True)
+            for name, runs, rule in zip(found.names, found.runs.values(), found.rules, strict=True)
         )
     )
 
 
-def _promise(name: str, runs: Sequence[Run]) -> Markup:
-    """One row's statement: what was spent by seed, and the words of the first."""
+def _promise(runs: Sequence[Run]) -> Markup:
+    """A private row's statement: what was spent by seed, and the words of the first."""
     asked, stated = runs[0].config["privacy"], runs[0].privacy
     delta = f"at delta {asked.get('delta', '?')} for each {asked.get('unit')}"
     if not stated:
         target = asked.get("epsilon")
         noise = f"noise multiplier {asked.get('noise_multiplier')}"
-        wanted = noise if target is None else f"epsilon {target:g} at most"
+        wanted = noise if target is None else f"epsilon {_value(target)} at most"
         kept = "The statement of what was spent was not kept with these runs."
-        return tag("section", tag("h3", name), tag("p", f"Asked for: {wanted} {delta}. {kept}"))
+        return tag("p", f"Asked for: {wanted} {delta}. {kept}")
     spent = ", ".join(
         f"{_value(run.privacy.get('epsilon', '?'))} (seed {run.seed})" for run in runs
     )
     told = {words: _value(stated[key]) for key, words in STATED.items() if stated.get(key)}
-    return tag(
-        "section",
-        tag("h3", name),
+    return joined(
         tag("p", f"{stated.get('covered', '')}: epsilon {spent} {delta}."),
         tag("details", tag("summary", "The statement in full"), _pairs(told)),
     )

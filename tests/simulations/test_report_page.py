@@ -229,7 +229,8 @@ def test_promises_are_told_as_stated(tmp_path: Path) -> None:
     privacy = {"unit": "example", "epsilon": 2.0, "delta": 1e-3}
     folder = write_runs(tmp_path, 1, privacy=privacy)
     asked = page(collect([folder]))
-    assert asked.count("Asked for: epsilon 2 at most at delta 0.001 for each example.") == 3
+    assert asked.count("Asked for: epsilon 2 at most at delta 0.001 for each example.") == 1
+    assert "fedavg; ffa_lora; lora_fair" in [text for _, text in Reader(asked).all("h3")]
     stated = {"covered": "What was sent is private", "epsilon": 1.75, "not_covered": [EVIL, "more"]}
     (folder / "fedavg-0" / "privacy.json").write_text(json.dumps(stated))
     told = Reader(page(collect([folder])))

@@ -90,14 +90,14 @@ def serve(
     grid: Grid,
     folder: Path,
     resume: bool = False,
-    progress: Progress | None = None,
+    listener: Progress | None = None,
     node_timeout: float = NODE_TIMEOUT,
 ) -> None:
     """Run the federation on a grid and leave its results in ``folder``, or ``resume`` it there.
 
-    ``progress`` is the grid's if it is left out; ``node_timeout`` are seconds to wait for nodes.
+    ``listener`` is the grid's if it is left out; ``node_timeout`` are seconds to wait for nodes.
     """
-    progress = progress or cast(Progress, getattr(grid, "progress", Progress()))
+    progress: Progress = getattr(grid, "progress", Progress()) if listener is None else listener
     check_runtime(config, grid)
     with threads(config.launch.threads):
         here = resident(server_view(config))

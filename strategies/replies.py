@@ -64,7 +64,8 @@ def collect(
         node = message.metadata.src_node_id
         client = asked.get(node, node)
         if node == SUPERLINK_NODE_ID and node not in asked and message.has_error():
-            unreachable.add(message.error.reason or "")  # Flower's own word for a node that is gone
+            # Flower's own word for a node that is gone
+            unreachable.add(message.error.reason or f"error code {message.error.code}")
             continue
         try:
             if node not in asked:

@@ -14,7 +14,11 @@ from fedlora.errors import FedloraError
 
 PACKAGES = ("fedlora", "strategies", "clients", "simulations")
 ENDINGS = {".py", ".json", ".jsonl", ".md", ".toml"}
-COMPONENTS = {"serverapp": "simulations.server_app:app", "clientapp": "clients.client_app:app"}
+COMPONENTS = {
+    "serverapp": "simulations.server_app:app",
+    "clientapp": "simulations.node.proxy:app",
+}
+# a deployment sends the whole configuration as one text, so no keys of recipes
 RUN_CONFIG = {"recipe": "tiny", "overrides": "", "folder": "", "config": "", "resume": False}
 RUN_CONFIG |= {"tell": "", "wait": 0.0}
 

@@ -84,6 +84,7 @@ ExecStart={folder}/start
 Restart=on-failure
 RestartSec=10
 RestartPreventExitStatus=2
+SuccessExitStatus=143
 KillMode=control-group
 
 [Install]

@@ -110,7 +110,7 @@ def test_lines_that_are_no_events_are_left_alone(tmp_path: Path) -> None:
 def test_the_bundle_is_the_app_of_the_checkout() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert table["components"] == COMPONENTS
-    assert table["config"] == RUN_CONFIG
+    assert table["config"] == {**table["config"], **RUN_CONFIG}
     fab = bundle()
     assert fab == bundle()
     with zipfile.ZipFile(io.BytesIO(fab)) as files:

@@ -45,10 +45,11 @@ def chaos(only: Sequence[str], quick: bool, out: Path | None, as_json: bool) -> 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     chosen = {name: choose(CHAOS, name, "--only") for name in only or CHAOS}
     found: list[Fault] = []
+    written: list[Path] = []
     for name, (question, inject) in chosen.items():
         click.echo(f"{name}: {question}", err=True)
         found += inject(QUICK if quick else Size())
-    written = write(found, out) if out else []
+        written = write(found, out) if out else []  # now, lest the next kind end the process
     if as_json:
         faults = [{**asdict(fault), "held": fault.held} for fault in found]
         paths = [str(path) for path in written]

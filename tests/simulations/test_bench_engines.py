@@ -87,6 +87,7 @@ def test_a_rule_is_timed_on_what_its_clients_send(method: str) -> None:
             assert (pair.A is uploads.state.adapter.pairs[name].A) == frozen
 
 
+@pytest.mark.slow
 def test_the_servers_lines() -> None:
     rows = {found.case: found for found in server(1, quiet, SMALL)}
     assert list(rows) == [

@@ -140,6 +140,7 @@ def test_a_bare_loop_from_the_files_agrees_and_gives_rows(tmp_path: Path) -> Non
     assert told[0] == "small, 3 users: loading"
 
 
+@pytest.mark.slow
 def test_no_ratio_where_the_sides_do_not_do_the_same(tmp_path: Path) -> None:
     with pytest.raises(FedloraError, match=r"differs by .* so no ratio"):
         compared(SMALL, 1, quiet, tmp_path / "task", loop(tmp_path, scale=1.001))

@@ -142,6 +142,7 @@ def test_a_dry_run_counts_whom_a_clock_asks() -> None:
     assert found[BUFFER[:1]] == (2, 1.0, False)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the collector
 def test_workers_have_no_part_in_virtual_time(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def test_a_client_with_other_factors_is_told(tmp_path: Path) -> None:
     assert "find the same fixed factors in them" in first
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the collector
 def test_in_process_and_ray_agree_bit_for_bit(tmp_path: Path) -> None:

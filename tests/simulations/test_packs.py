@@ -109,7 +109,7 @@ def test_a_private_pack_is_another_release_than_its_clients_alone(tmp_path: Path
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("private", [(), PRIVATE])
+@pytest.mark.parametrize("private", [pytest.param((), marks=pytest.mark.slow), PRIVATE])
 def test_packs_are_the_same_bits_in_process_and_on_any_number_of_workers(
     tmp_path: Path, private: tuple[str, ...]
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_run_that_dies_goes_on_with_the_ranks_that_are_left(
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_same_bits_in_process_and_on_ray(tmp_path: Path) -> None:
     found = []

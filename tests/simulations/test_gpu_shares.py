@@ -87,6 +87,7 @@ def test_five_quarters_are_refused() -> None:
     )
 
 
+@pytest.mark.slow
 def test_as_many_workers_as_gpus_hold() -> None:
     assert settled(1)
     found = places(LaunchConfig(backend="ray", num_gpus=0.5, num_cpus=0.1))

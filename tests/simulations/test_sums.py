@@ -271,6 +271,7 @@ class Murderous(RayGrid):
         return super().sum_again(token, told)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_worker_lost_between_the_passes_costs_the_round_and_no_more() -> None:
     config = LaunchConfig(backend="ray", workers=1)

@@ -27,8 +27,8 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "fedlora compare quickstart": ".ci/run, with fewer rounds",
-    "fedlora list tasks --partition own.toml": "tests/simulations/test_own_rows.py",
-    "fedlora run own.toml": "tests/simulations/test_own_rows.py",
+    "fedlora list tasks --partition own.toml": "tests/simulations/test_local_runs.py",
+    "fedlora run own.toml": "tests/simulations/test_local_runs.py",
 }
 
 

@@ -83,7 +83,7 @@ def test_the_saved_adapter_is_the_whole_model(tmp_path: Path, method: str, round
     base = load_model(config.model, 2, "classify")
     model = PeftModel.from_pretrained(base.module, str(folder / "adapter"))
     order = numpy.arange(here.held_out())
-    rows = here._encode(here._measured())
+    rows = here._encode(here._measured(here.task))
     (seen,) = evaluate(model, rows, order, 0 * order, "classify", config.train).values()
     last = rounds(folder)[-1]
     assert seen.loss / seen.examples == pytest.approx(last["loss"], rel=1e-5)

@@ -103,7 +103,7 @@ class Control:
             raise FedloraError(f"SuperLink at {self._where}: refused: {said}") from None
         except (httpx.HTTPError, ValueError) as error:
             reason = type(error).__name__
-            raise FedloraError(
+            raise UnansweredError(
                 f"SuperLink at {self._where}: stopped answering ({reason})"
             ) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from fedlora.errors import ConfigError
 from simulations.bench_pairs import Row
+from simulations.heap import give_back_heap
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -52,7 +52,7 @@ def extra_megabytes(work: Callable[[], object]) -> float:
     if not CLEAR.exists():
         raise ConfigError(f"bench: found {sys.platform}, allowed: Linux, to measure memory")
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_heap()
     CLEAR.write_text("5")  # the highest value starts again from here
     before = _megabytes("VmRSS")
     work()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedlora.config import RunConfig
+from simulations.heap import give_back_heap
 
 STATUS = Path("/proc/self/status")
 
@@ -46,6 +47,7 @@ class Peak:
         """``private``: import what private training needs first."""
         if private:
             importlib.import_module("clients.private")
+        give_back_heap()
         with contextlib.suppress(OSError):  # forget an earlier peak, where the system can
             Path("/proc/self/clear_refs").write_text("5")
         self._before, self._began = resident_bytes("VmRSS"), time.perf_counter()

@@ -12,8 +12,19 @@ from fedlora.config_evaluate import EvaluateConfig as EvaluateConfig
 from fedlora.config_secure import SecureConfig as SecureConfig
 from fedlora.config_train import PrivacyConfig as PrivacyConfig
 from fedlora.config_train import TrainConfig as TrainConfig
-from fedlora.options import Count, CountOrZero, Counts, Finite, Names, NonNegative, Part, Positive
+from fedlora.options import (
+    Count,
+    CountOrZero,
+    Counts,
+    Finite,
+    Names,
+    NonNegative,
+    Part,
+    Positive,
+    Shares,
+)
 
+Split = Literal["group", "natural", "iid", "dirichlet", "pathological", "proportions", "own"]
 Scalar = Annotated[str | int | float | bool | list[str], Finite]  # JSON has no others
 
 
@@ -39,10 +50,13 @@ class ClientsConfig(Part):
     Attributes:
         number: of clients.
         split: ``group`` (one client per domain), ``natural`` (per article, review, ...),
-            ``iid``, ``dirichlet`` (label skew), ``pathological`` (few classes each), or ``own``,
-            with the task ``local`` alone: each has rows of its own.
+            ``iid``, ``dirichlet`` (label skew), ``pathological`` (few classes each),
+            ``proportions`` (label skew as written), or ``own``, with the task ``local`` alone:
+            each has rows of its own.
         alpha: of the Dirichlet split; smaller is more skewed.
         classes: per client, for the pathological split.
+        proportions: each client's shares of the labels, in the task's order of labels, for the
+            split of that name.
         min_examples: what each client must have at least.
         fraction_train: share of the clients drawn in each round.
         min_train_nodes: draw at least so many, and merge only if so many good replies came.
@@ -53,9 +67,10 @@ class ClientsConfig(Part):
     """
 
     number: Count = 4
-    split: Literal["group", "natural", "iid", "dirichlet", "pathological", "own"] = "group"
+    split: Split = "group"
     alpha: Positive = 0.5
     classes: Count = 2
+    proportions: Annotated[tuple[Shares, ...], Strict(False)] = ()
     min_examples: Count = 1
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_train_nodes: Count = 2

@@ -31,6 +31,7 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 BelowHalf = Annotated[float, Field(ge=0, lt=0.5)]
 Names = Annotated[tuple[str, ...], Strict(False)]
 Counts = Annotated[tuple[Count, ...], Strict(False)]
+Shares = Annotated[tuple[Share, ...], Strict(False)]
 
 
 def _finite(value: object) -> object:

@@ -1,6 +1,7 @@
 """Dealing a task's training examples to clients, and a count of what each one got.
 
-All splits but ``group`` are flwr-datasets' own partitioners, given the rows in a seeded order.
+All splits but ``group`` and ``proportions`` are flwr-datasets' own partitioners, given the rows in
+a seeded order.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from fedlora import seeds
 from fedlora.config import ClientsConfig, TaskConfig
 from fedlora.errors import ConfigError, wrong
+from fedlora.proportions import by_proportions
 from fedlora.tasks import load_own, load_task
 from fedlora.tasks.task import Examples, Task
 
@@ -93,7 +95,8 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
     their names; if there are more sources with ``min_examples`` examples than clients, a
     seeded draw leaves some out. ``iid`` and ``dirichlet`` deal every row. ``pathological``
     gives client k the class k modulo the number of classes and ``classes - 1`` others at
-    random; a class that nobody drew is not dealt.
+    random; a class that nobody drew is not dealt. ``proportions`` gives each client the same
+    number of rows with the label shares written for it: the most for which every class suffices.
 
     Raises:
         ConfigError: the task cannot be dealt so, or a client would have too few examples.
@@ -103,6 +106,9 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
         parts = _by_group(task, clients)
     elif clients.split == "natural":
         parts = _by_source(task, clients, seed)
+    elif clients.split == "proportions":
+        generator = seeds.numpy_generator(seed, "partition")
+        parts = by_proportions(task.train.labels, task.label_names, clients, generator)
     else:
         parts = _by_library(task, clients, seed)
     _check_sizes(parts, clients)

@@ -133,6 +133,41 @@ def test_pathological_clients_have_their_number_of_classes(task: Task) -> None:
         partition(task, clients.model_copy(update={"classes": 5}), seed=0)
 
 
+def test_proportions_are_those_written_and_as_large_as_the_labels_allow(task: Task) -> None:
+    shares = ((0.1, 0.9, 0.0, 0.0), (0.9, 0.1, 0.0, 0.0), (0.25, 0.25, 0.5, 0.0))
+    clients = ClientsConfig(split="proportions", number=3, proportions=shares)
+    parts = partition(task, clients, seed=0)
+    rows = [row for part in parts for row in part]
+    assert len(set(rows)) == len(rows)
+    held = numpy.bincount(task.train.labels, minlength=CLASSES)
+    each = min(held[0] / 1.25, held[1] / 1.25, held[2] / 0.5)
+    for own, row in zip(shares, skew(task, parts), strict=True):
+        assert row.labels == {
+            name: int(each * share + 1e-9) for name, share in zip("abcd", own, strict=True)
+        }
+    again, other = partition(task, clients, seed=0), partition(task, clients, seed=1)
+    assert all(map(numpy.array_equal, parts, again))
+    assert not all(map(numpy.array_equal, parts, other))
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        (),
+        ((0.5, 0.5, 0.0, 0.0),),
+        ((0.5, 0.5, 0.0), (0.5, 0.5, 0.0)),
+        ((0.5, 0.5, 0.0, 0.0), (0.5, 0.4, 0.0, 0.0)),
+    ],
+)
+def test_proportions_are_one_share_for_each_label(
+    task: Task, shares: tuple[tuple[float, ...], ...]
+) -> None:
+    clients = ClientsConfig(split="proportions", number=2, proportions=shares)
+    allowed = r"for each of 2 clients the shares of 4 labels \(a, b, c, d\), summing to 1"
+    with pytest.raises(ConfigError, match=rf"clients\.proportions: found .*, allowed: {allowed}"):
+        partition(task, clients, seed=0)
+
+
 def test_a_client_with_too_few_examples_is_named(task: Task) -> None:
     with pytest.raises(ConfigError) as caught:
         partition(task, ClientsConfig(split="iid", number=590, min_examples=2), seed=0)

@@ -110,6 +110,7 @@ def test_both_sides_do_the_same_steps_on_the_same_examples(
         assert work() == shapes[-1][0]
 
 
+@pytest.mark.slow
 def test_every_subject_has_its_lines() -> None:
     crowd = Crowd("toy", bert(16, 1), clients=3, batch_size=2, steps=1)
     rows = privacy(1, lambda text: None, QUICK, [crowd])
@@ -132,6 +133,7 @@ def test_examples_are_the_same_each_time_and_texts_of_one_length() -> None:
     assert set(base.encode(texts(MANY)).lengths) == {LENGTH}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_table_says_what_was_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
@@ -186,6 +188,7 @@ def test_packs_and_one_by_one_see_the_same_rows() -> None:
     assert counts[0] == counts[1] == counts[2] > 0
 
 
+@pytest.mark.slow
 def test_every_crowd_has_its_lines() -> None:
     found = cohort(1, lambda text: None, [SMALL])
     assert [row.case.split(": ")[1][:15] for row in found] == ["packs of 5", "private packs o"]
@@ -205,6 +208,7 @@ def test_every_crowd_has_its_lines() -> None:
     assert {promise for crowd in others for promise in (crowd.plain, crowd.private)} == {0.97}
 
 
+@pytest.mark.slow
 def test_quick_is_fewer_lines_and_fewer_pairs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def test_without_a_gpu_it_is_one_line(more: list[str], capsys: pytest.CaptureFix
     )
 
 
+@pytest.mark.slow
 def test_toys_on_the_cpu_are_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

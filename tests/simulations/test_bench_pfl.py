@@ -127,6 +127,7 @@ def test_texts_are_of_one_length_or_as_they_are() -> None:
     assert len(bench_texts(7).train) == 7
 
 
+@pytest.mark.slow
 def test_a_bare_loop_from_the_files_agrees_and_gives_rows(tmp_path: Path) -> None:
     told: list[str] = []
     rows = compared(SMALL, 1, told.append, tmp_path / "task", loop(tmp_path))

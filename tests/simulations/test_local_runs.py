@@ -349,6 +349,7 @@ def test_the_readmes_recipe_and_its_commands(
     assert [client.name for client in Path("runs").iterdir()] == ["own-rows"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_in_process_and_ray_agree_bit_for_bit(tmp_path: Path) -> None:

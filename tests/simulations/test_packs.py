@@ -184,7 +184,7 @@ def releases(ledger: Ledger, clients: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("private", [(), PRIVATE])
-@pytest.mark.parametrize(("fits", "smaller"), [(2, 2), (1, 1)])
+@pytest.mark.parametrize(("fits", "smaller"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_pack_that_does_not_fit_is_trained_in_halves(
     tmp_path: Path, room: Any, private: tuple[str, ...], fits: int, smaller: int
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_pack_that_does_not_fit_is_trained_in_halves(
     assert halved == small
 
 
-@pytest.mark.parametrize("private", [(), PRIVATE])
+@pytest.mark.parametrize("private", [pytest.param((), marks=pytest.mark.slow), PRIVATE])
 def test_a_client_that_does_not_fit_alone_fails_by_name(
     tmp_path: Path, room: Any, private: tuple[str, ...]
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_clients_own_adapter_is_what_it_measured_and_is_saved(tmp_path: Path) 
     assert said["new personal"]["loss"] != said["new global"]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its log files to the collector
 def test_what_clients_keep_and_measure_is_the_same_on_ray(tmp_path: Path) -> None:

@@ -153,8 +153,9 @@ def test_ranks_take_the_place_of_a_recipes_rank() -> None:
         Recipe("mine", "", {"adapter": {"rank": 8, "ranks": [4, 2]}}).resolve()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("private", [pytest.param((), marks=pytest.mark.slow), PRIVATE])
+@pytest.mark.parametrize("private", [(), PRIVATE])
 def test_the_same_bits_in_process_and_on_ray(tmp_path: Path, private: tuple[str, ...]) -> None:
     found = []
     for backend, workers in (("inprocess", 1), ("ray", 2)):

@@ -127,6 +127,7 @@ def test_nodes_that_come_are_used_and_nodes_that_go_cost_nothing(cluster: Cluste
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_workers_are_spread_or_packed_and_the_cluster_is_left_running(cluster: Cluster) -> None:
     nodes = [cluster.add_node(num_cpus=2, resources={"site": 1}) for _ in range(2)]
     try:
@@ -155,6 +156,7 @@ def test_what_no_node_holds_is_refused(cluster: Cluster) -> None:
         RayGrid(APP, 5, LaunchConfig(backend="ray", workers=1, address="ray://127.0.0.1:1"))
 
 
+@pytest.mark.slow
 def test_without_an_address_somebody_elses_cluster_is_left_alone(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

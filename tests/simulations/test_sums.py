@@ -295,8 +295,9 @@ def bytes_of(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
     return records, (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("method", [pytest.param("ffa_lora", marks=pytest.mark.slow), "lora_fair"])
+@pytest.mark.parametrize("method", ["ffa_lora", "lora_fair"])
 def test_the_same_bits_in_process_and_on_any_number_of_workers(tmp_path: Path, method: str) -> None:
     changes = ["clients.number=8", "launch.pack=3", "rounds=2", "launch.sums=workers"]
     found = []

@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from fedlora.errors import FedloraError, wrong
 from simulations.node.joining import joined
 from simulations.node.named import Named, read
-from simulations.node.sources import digest
+from simulations.node.sources import sums
 from simulations.node.trainer import WATCH, Failure, State
 from simulations.parcels import unwrap, wrap
 
@@ -59,7 +59,7 @@ def _answer(
     import ray
 
     ticket, work = uuid4().hex, wrap((message, context))
-    reference = trainer.answer.remote(ticket, digest(), work)
+    reference = trainer.answer.remote(ticket, sums(), work)
     done, _ = ray.wait([reference], timeout=seconds)
     if not done:
         reason = _give_up(trainer, ticket, reference)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import cast
@@ -16,7 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.errors import FedloraError, wrong
-from simulations.node.sources import digest
+from simulations.node.sources import check_same
 from simulations.parcels import Parcel, unwrap, wrap
 
 APP = "clients.client_app:app"
@@ -92,12 +93,12 @@ class Trainer:
         except (FedloraError, ImportError, OSError) as error:
             self._trouble = f"{type(error).__name__}: {error}"
 
-    def answer(self, ticket: str, sources: str, work: Parcel) -> Parcel:
+    def answer(self, ticket: str, sources: Mapping[str, str], work: Parcel) -> Parcel:
         """The app's reply to a message, or its failure, and the context as it left it.
 
         Args:
             ticket: by which ``state`` names this message.
-            sources: the digest of the caller's Fedlora.
+            sources: sums of the caller's Fedlora.
             work: the message and the context.
         """
         message, context = cast(tuple[Message, Context], unwrap(work))
@@ -114,16 +115,16 @@ class Trainer:
         seconds = time.monotonic() - self._since if at else 0.0
         return State(os.getpid(), self._answered, at, seconds, self._trouble)
 
-    def _reply(self, message: Message, context: Context, sources: str) -> Message | Failure:
+    def _reply(
+        self, message: Message, context: Context, sources: Mapping[str, str]
+    ) -> Message | Failure:
         """What the app says to a message."""
         import torch
 
         try:
             if self._trouble:
                 raise FedloraError(f"trainer: {self._trouble}")
-            if sources != digest():
-                allowed = f"{digest()}, the node's; install the same Fedlora on all machines"
-                raise wrong("trainer: the app's source", sources, allowed)
+            check_same(sources)
             torch.set_num_threads(self._threads)
             return self._app(message, context)
         except Exception as error:

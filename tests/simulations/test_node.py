@@ -105,12 +105,27 @@ def test_a_trainer_gives_what_the_client_app_gives(tmp_path: Path) -> None:
     fed, trainer = Federation(tmp_path), Trainer(1, 0.0)
     message, context = fed.messages(1, fed.first)[1], fed.context(1)
     context.run_config = {"recipe": "tiny"}
-    parcel = trainer.answer("a ticket", sources.digest(), wrap((message, context)))
+    parcel = trainer.answer("a ticket", sources.sums(), wrap((message, context)))
     reply, left = unwrap(parcel)
     assert not context.state and left.run_config == context.run_config
     same((reply, left), (client_app(message, context), context))
     found = trainer.state()
     assert (found.process, found.answered, found.at, found.trouble) == (os.getpid(), 1, "", "")
+
+
+def test_an_app_may_have_fewer_sources_but_no_others() -> None:
+    """Flower's bundle leaves out what no app imports."""
+    here = dict(sources.sums())
+    assert {"clients/client_app.py", "fedlora/wire.py"} <= here.keys()
+    del here["fedlora/auditing.py"]
+    sources.check_same(here)
+    mended = "0" * 64
+    with pytest.raises(
+        ConfigError, match=r"source fedlora/wire\.py: found '0{10}', allowed: [0-9a-f]{10}"
+    ):
+        sources.check_same({**here, "fedlora/wire.py": mended})
+    with pytest.raises(ConfigError, match=r"source clients/new\.py: .* allowed: no such file"):
+        sources.check_same({**here, "clients/new.py": mended})
 
 
 def test_errors_are_told_as_flower_tells_them(tmp_path: Path) -> None:
@@ -122,7 +137,7 @@ def test_errors_are_told_as_flower_tells_them(tmp_path: Path) -> None:
     fed = Federation(tmp_path)
     (message, context), trainer = (fed.messages(1, fed.first)[0], fed.context(0)), Trainer(1, 0.0)
     message.content["config"] = ConfigRecord({})
-    failure, _ = unwrap(trainer.answer("", sources.digest(), wrap((message, context))))
+    failure, _ = unwrap(trainer.answer("", sources.sums(), wrap((message, context))))
     with pytest.raises(FedloraError) as here:
         client_app(message, context)
     assert (str(here.type), str(here.value)) == (str(type(failure.error())), str(failure.error()))
@@ -131,9 +146,10 @@ def test_errors_are_told_as_flower_tells_them(tmp_path: Path) -> None:
 def test_other_source_code_is_refused(tmp_path: Path) -> None:
     fed = Federation(tmp_path)
     work = wrap((fed.messages(1, fed.first)[0], fed.context(0)))
-    failure, _ = unwrap(Trainer(1, 0.0).answer("", "0123456789", work))
+    others = {**sources.sums(), "fedlora/wire.py": "0123456789" * 6}
+    failure, _ = unwrap(Trainer(1, 0.0).answer("", others, work))
     assert str(failure.error()).startswith(
-        "trainer: the app's source: found '0123456789', allowed:"
+        "trainer: the app's source fedlora/wire.py: found '0123456789', allowed:"
     )
 
 
@@ -308,7 +324,7 @@ def test_a_resident_trainer(tmp_path: Path, node: tuple[Path, psutil.Process]) -
 
 
 @pytest.mark.ray
-@pytest.mark.deploy
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_trainer_in_a_ray_that_runs(tmp_path: Path) -> None:
     """It takes what there is room for and a name of its own, and leaves that Ray as it was."""

@@ -17,7 +17,7 @@ from simulations.recipe import load
 
 ROOT = Path(__file__).parent.parent.parent
 CHANGES = ["clients.number=2", "rounds=2"]
-pytestmark = pytest.mark.deploy
+pytestmark = pytest.mark.slow  # deployments too, but minutes of them
 
 
 def kill_when(records: Path, keeper: int, killed: list[int]) -> None:

@@ -167,13 +167,21 @@ def _axis(name: str, entries: Any, path: Path) -> Axis:  # Any: TOML values
 def _flat(grid: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Axes by their dotted names; ``clients.alpha`` may be written without quotes."""
     for name, entries in grid.items():
-        nested = isinstance(entries, dict) and not all(
-            isinstance(entry, dict) for entry in entries.values()
+        nested = isinstance(entries, dict) and (
+            _is_table(name, entries)  # ``adapter.options.alpha``: no axis called adapter
+            or not all(isinstance(entry, dict) for entry in entries.values())
         )
         if nested:
             yield from ((f"{name}.{inner}", found) for inner, found in _flat(entries))
         else:
             yield name, entries
+
+
+def _is_table(name: str, entries: Mapping[str, Any]) -> bool:
+    """Whether they are a recipe's table of that name and keys of it."""
+    field = RunConfig.model_fields.get(name)
+    keys = getattr(field.annotation, "model_fields", {}) if field else {}
+    return set(entries) <= set(keys)
 
 
 def _changes(table: Mapping[str, Any], above: str = "") -> Iterator[str]:

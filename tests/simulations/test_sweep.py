@@ -59,6 +59,15 @@ def test_cells_are_all_entries_of_all_axes(tmp_path: Path) -> None:
     assert read_sweep(tmp_path / "skew.toml").question == "Does it matter?"
 
 
+def test_a_key_of_three_words_is_one_axis_and_an_axis_may_be_called_as_a_table(
+    tmp_path: Path,
+) -> None:
+    axes = "[grid]\nadapter.options.alpha = [4, 8]\n[grid.privacy]\noff = { rounds = 2 }\n"
+    configs = [cell.config for cell in sweep(tmp_path, axes)]
+    assert [config.adapter.options["alpha"] for config in configs if config] == [4, 8]
+    assert [config.rounds for config in configs if config] == [2, 2]
+
+
 def test_a_cells_folder_follows_from_what_it_runs(tmp_path: Path) -> None:
     names = [cell.name for cell in sweep(tmp_path, GRID)]
     assert [cell.name for cell in sweep(tmp_path, GRID.replace("1.0, 0.5", "1.0"))] == [

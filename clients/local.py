@@ -136,11 +136,17 @@ def train(
 
 @dataclass(frozen=True)
 class Measured:
-    """What evaluation saw: sums over ``examples`` rows."""
+    """What evaluation saw: sums over ``examples`` rows.
+
+    ``predictions`` is how many labels or next tokens there were to say, and ``nats`` the sum of
+    their losses, each counting the same however long its text.
+    """
 
     examples: int
     loss: float
     correct: float
+    predictions: float
+    nats: float
 
 
 @torch.inference_mode()
@@ -170,17 +176,24 @@ def evaluate(
         logits = module(**batch).logits
         loss = example_losses(logits, batch, labels, objective)
         right = _right(logits, batch, labels, objective)
-        found.append(torch.stack([loss.double(), right.double()]))  # [2, b]
-    seen = numpy.zeros((2, len(order)))
+        said = _predictions(batch, labels, objective).double()
+        found.append(torch.stack([loss.double(), right.double(), said, said * loss]))  # [4, b]
+    seen = numpy.zeros((4, len(order)))
     if found:
         seen[:, places] = torch.cat(found, dim=1).cpu().numpy()
     return {int(group): _sums(seen[:, groups == group]) for group in numpy.unique(groups)}
 
 
 def _sums(seen: NDArray[numpy.float64]) -> Measured:
-    """What losses and hits ``[2, examples]`` come to."""
-    loss, correct = seen.sum(axis=1).tolist()
-    return Measured(seen.shape[1], loss, correct)
+    """What losses, hits, predictions and nats ``[4, examples]`` come to."""
+    return Measured(seen.shape[1], *seen.sum(axis=1).tolist())
+
+
+def _predictions(batch: Mapping[str, Tensor], labels: Tensor, objective: Objective) -> Tensor:
+    """``[b]`` how much of each example is predicted: its class, or its tokens but the first."""
+    if objective == "classify":
+        return torch.ones_like(labels)
+    return batch["attention_mask"][:, 1:].sum(1)
 
 
 def _right(

@@ -23,6 +23,9 @@ Number = int | float | list[int] | list[float]  # as Flower's records have it
 def told(client: int, groups: Mapping[str, Measured], objective: Objective) -> dict[str, Number]:
     """What a client says of the task's held-out rows that it measured, by their groups.
 
+    All are means over examples, of language also ``tokens`` (how many of one's were predicted) and
+    ``nats`` (the sum of their losses): averaged over clients by examples, they keep their quotient.
+
     Raises:
         ConfigError: there were none.
     """
@@ -37,8 +40,12 @@ def told(client: int, groups: Mapping[str, Measured], objective: Objective) -> d
     for name, seen in groups.items():
         metrics[f"group.{name}.accuracy"] = seen.correct / seen.examples
         metrics[f"group.{name}.examples"] = seen.examples
+        if objective == "language":
+            metrics[f"group.{name}.tokens"] = seen.predictions / seen.examples
+            metrics[f"group.{name}.nats"] = seen.nats / seen.examples
     if objective == "language":
-        metrics["language"] = 1
+        metrics["tokens"] = sum(seen.predictions for seen in groups.values()) / examples
+        metrics["nats"] = sum(seen.nats for seen in groups.values()) / examples
     return metrics
 
 

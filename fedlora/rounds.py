@@ -145,8 +145,10 @@ class RoundRecord:
         merged: whether a new adapter came of this round.
         train_loss: mean training loss over the merged clients, by their examples.
         loss, accuracy: of the global adapter after the round, over all held-out examples.
-        perplexity: ``exp(loss)`` for language models, else None.
-        groups: accuracy per group (for example per domain).
+        perplexity: of language models, ``exp`` of the mean loss over all held-out tokens, each
+            counting the same (``loss`` is a mean over texts); else None.
+        groups: accuracy per group (for example per domain), of language models of tokens.
+        perplexities: perplexity per group; empty where there is none.
         aggregation_error: see ``lowrank.aggregation_error``.
         bytes_up, bytes_down: numbers in the training messages times their width, as sent.
         seconds: wall time of the round, evaluation included.
@@ -169,6 +171,7 @@ class RoundRecord:
     accuracy: float | None = None
     perplexity: float | None = None
     groups: Mapping[str, float] = field(default_factory=dict)
+    perplexities: Mapping[str, float] = field(default_factory=dict)
     aggregation_error: float | None = None
     bytes_up: int = 0
     bytes_down: int = 0

@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         method: its name, with the settings that tell it from other rows of that method.
-        groups: accuracy per group after the last round.
+        groups: accuracy per group after the last round, or perplexity for language.
         before: at round 0, the mean accuracy over the groups (perplexity for language).
         mean: unweighted mean of the groups' accuracies; None for language, as ``worst``.
         worst: accuracy of each run's worst group.
@@ -108,11 +108,10 @@ def stat(values: Iterable[float | None]) -> Stat | None:
 
 def _row(name: str, runs: Sequence[Run]) -> Row:
     """The numbers of one row."""
-    group_names = list(dict.fromkeys(group for run in runs for group in run.last.get("groups", {})))
-    groups = {
-        group: stat(run.last.get("groups", {}).get(group) for run in runs) for group in group_names
-    }
     language = all(run.last.get("perplexity") is not None for run in runs)
+    by_group = [run.last.get("perplexities" if language else "groups", {}) for run in runs]
+    group_names = list(dict.fromkeys(group for found in by_group for group in found))
+    groups = {group: stat(found.get(group) for found in by_group) for group in group_names}
     measure = "perplexity" if language else "mean"
     rate = runs[0].config.get("train", {}).get("learning_rate")
 
@@ -126,7 +125,7 @@ def _row(name: str, runs: Sequence[Run]) -> Row:
         method=name,
         learning_rate=rate,
         seeds=tuple(run.seed for run in runs),
-        groups={} if language else {name: value for name, value in groups.items() if value},
+        groups={name: value for name, value in groups.items() if value},
         before=stat(pick(run.rounds[0], measure) for run in runs),
         mean=None if language else last("mean"),
         worst=None if language else last("worst"),

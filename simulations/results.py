@@ -133,6 +133,7 @@ class RunFolder:
             "loss": last.loss,
             "accuracy": last.accuracy,
             "perplexity": last.perplexity,
+            "perplexities": dict(last.perplexities),
             "groups": dict(groups),
             "mean_accuracy": sum(groups.values()) / len(groups) if groups else None,
             "worst_accuracy": min(groups.values()) if groups else None,

@@ -53,18 +53,18 @@ class Column:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns that these rows fill: accuracy by group, or perplexity for language."""
+    """The columns that these rows fill: accuracy by group, for language perplexity."""
     chosen: list[Column] = []
     if any(row.mean is not None for row in rows):
-        for group in dict.fromkeys(group for row in rows for group in row.groups):
-            chosen.append(Column(group, f"accuracy:{group}", _group_reader(group)))
         chosen += [
+            *_by_group(rows, False),
             Column("mean", "mean", lambda row: row.mean),
             Column("worst", "worst", lambda row: row.worst),
             Column("mean at round 0", "before", lambda row: None if row.perplexity else row.before),
         ]
     if any(row.perplexity is not None for row in rows):
         chosen += [
+            *_by_group(rows, True),
             Column("perplexity", "perplexity", lambda row: row.perplexity),
             Column(
                 "perplexity at round 0",
@@ -193,9 +193,17 @@ def write(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _group_reader(group: str) -> Callable[[Row], Stat | None]:
-    """Reads one group's accuracy."""
-    return lambda row: row.groups.get(group)
+def _by_group(rows: Sequence[Row], language: bool) -> list[Column]:
+    """A column for each group of the rows that are of language, or of those that are not."""
+    word = "perplexity" if language else "accuracy"
+    own = [row for row in rows if (row.perplexity is not None) == language]
+    names = dict.fromkeys(group for row in own for group in row.groups)
+    return [Column(name, f"{word}:{name}", _group_reader(name, language)) for name in names]
+
+
+def _group_reader(group: str, language: bool) -> Callable[[Row], Stat | None]:
+    """Reads one group's accuracy or perplexity."""
+    return lambda row: row.groups.get(group) if (row.perplexity is not None) == language else None
 
 
 def _own_rows_reader(name: str) -> Callable[[Row], Stat | None]:

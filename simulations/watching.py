@@ -40,7 +40,7 @@ class Seen:
         rounds, planned: done, and in all.
         finished: whether its summary is written.
         score, loss, aggregation_error: of the last round; the score is the mean accuracy over
-            groups, or perplexity.
+            groups, of language models the perplexity.
         failures: replies that did not count, in all rounds.
         where: the backend, with its workers.
         spent, target: epsilon by the ledger, of whoever spent most, and what it must not pass; by
@@ -133,7 +133,7 @@ def _seen(run: Run) -> Seen:
         rounds=done,
         planned=config.rounds,
         finished=finished,
-        score=run.values("mean")[-1] or run.values("perplexity")[-1],
+        score=run.values("perplexity")[-1] or run.values("mean")[-1],
         loss=last.get("loss"),
         aggregation_error=last.get("aggregation_error"),
         failures=sum(len(record.get("failures", [])) for record in run.rounds),

@@ -10,7 +10,9 @@ from statistics import fmean
 from flwr.app import MetricRecord
 
 from fedlora.rounds import Failure, OwnRows, RoundRecord
-from strategies.replies import group_accuracy
+from strategies.replies import by_group
+
+LARGEST = 700.0  # whose exp is still a float
 
 
 @dataclass
@@ -47,15 +49,15 @@ class Trace:
     ) -> RoundRecord:
         """The round as one line of ``rounds.jsonl``."""
         train, measure = _scalars(trained), _scalars(measured)
-        loss = measure.get("loss")
         return RoundRecord(
             round=server_round,
             merged=self.merged,
             train_loss=train.get("train_loss"),
-            loss=loss,
+            loss=measure.get("loss"),
             accuracy=measure.get("accuracy"),
-            perplexity=math.exp(loss) if loss is not None and "language" in measure else None,
-            groups=group_accuracy(measure),
+            perplexity=_perplexity(measure.get("nats"), measure.get("tokens")),
+            groups=by_group(measure, "accuracy"),
+            perplexities=_perplexities(measure),
             aggregation_error=self.aggregation_error,
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
@@ -69,6 +71,20 @@ class Trace:
             staleness_mean=fmean(self.staleness) if self.staleness else None,
             staleness_max=max(self.staleness, default=None),
         )
+
+
+def _perplexities(measure: Mapping[str, float]) -> dict[str, float]:
+    """The perplexity of each group that has one."""
+    nats, tokens = by_group(measure, "nats"), by_group(measure, "tokens")
+    found = {name: _perplexity(nats[name], tokens.get(name)) for name in nats}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _perplexity(nats: float | None, tokens: float | None) -> float | None:
+    """``exp(nats / tokens)``; None where nothing was measured, or it is too large for a float."""
+    if nats is None or not tokens or nats / tokens > LARGEST:
+        return None
+    return math.exp(nats / tokens)
 
 
 def _scalars(record: MetricRecord | None) -> dict[str, float]:

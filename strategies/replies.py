@@ -144,9 +144,9 @@ def halved(replies: Sequence[Reply]) -> dict[int, int]:
     return {client: int(size) for client, size in said.items() if math.isfinite(size)}
 
 
-def group_accuracy(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Accuracy by group from averaged metrics."""
-    prefix, suffix = "group.", ".accuracy"
+def by_group(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """One metric by group, such as accuracy, from averaged metrics."""
+    prefix, suffix = "group.", f".{name}"
     return {
         key[len(prefix) : -len(suffix)]: float(value)
         for key, value in metrics.items()

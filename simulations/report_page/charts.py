@@ -34,7 +34,7 @@ def charts(found: Comparison, runs: Sequence[Run]) -> list[Chart]:
         _epsilon(found, runs),
         _error(found),
         _by_layer(found),
-        _groups(found),
+        _groups(found, language),
     ]
     return [chart for chart in chosen if chart]
 
@@ -134,24 +134,25 @@ def _by_layer(found: Comparison) -> Chart:
     }
 
 
-def _groups(found: Comparison) -> Chart:
-    """Accuracy of each group and of the worst after the last round."""
+def _groups(found: Comparison, language: bool) -> Chart:
+    """Accuracy, or perplexity, of each group and of the worst after the last round."""
     groups = list(dict.fromkeys(group for row in found.rows for group in row.groups))
     if not groups:
         return {}
-    worst = "worst group"
-    lines = _dots(
-        found,
-        [*groups, worst],
-        lambda run, name: (
-            pick(run.last, "worst") if name == worst else run.last.get("groups", {}).get(name)
-        ),
-    )
+    worst, score = "worst group", "perplexity" if language else "accuracy"
+
+    def read(run: Run, name: str) -> float | None:
+        values: dict[str, float] = run.last.get("perplexities" if language else "groups", {})
+        if name != worst:
+            return values.get(name)
+        return max(values.values(), default=None) if language else pick(run.last, "worst")
+
+    lines = _dots(found, [*groups, worst], read)
     return {
         "id": "groups",
         "kind": "dots",
-        "title": "Accuracy by group, last round",
-        "x": {"label": "accuracy"},
+        "title": f"{score.capitalize()} by group, last round",
+        "x": {"label": score},
         "categories": [*groups, worst],
         "lines": lines,
     }

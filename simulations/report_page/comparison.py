@@ -77,7 +77,7 @@ def compared(runs: Sequence[Run]) -> Comparison:
 
 def more_is_better(key: str, language: bool = False) -> bool | None:
     """Of a column that says how good a row is; None of costs, spreads and other measurements."""
-    if key in ("loss", "perplexity"):
+    if key in ("loss", "perplexity") or key.startswith("perplexity:"):
         return False
     if key in ("mean", "worst") or key.startswith("accuracy:"):
         return True

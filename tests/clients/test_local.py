@@ -179,3 +179,7 @@ def test_evaluation_of_language_counts_tokens_by_text() -> None:
         assert seen[group].examples == len(counts)
         assert seen[group].correct == pytest.approx(sum(shares), rel=1e-6)  # shares in float32
         assert seen[group].loss == pytest.approx(loss, rel=1e-6)
+        known = sum((count + 1) // 2 for count in counts)
+        nats = known * sure + (sum(counts) - known) * unsure
+        assert seen[group].predictions == sum(counts)
+        assert seen[group].nats == pytest.approx(nats, rel=1e-6)

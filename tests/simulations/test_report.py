@@ -113,14 +113,17 @@ def test_rows_become_strict_json(comparison: Path) -> None:
 
 
 def test_language_runs_show_perplexity_and_no_accuracy(tmp_path: Path) -> None:
-    records = [record(0, perplexity=20.0, accuracy=None), record(1, perplexity=10.0, loss=2.3)]
+    by_group = {"groups": {"odes": 0.4, "lists": 0.6}, "perplexities": {"odes": 15.0, "lists": 8.0}}
+    records = [record(0, perplexity=20.0, accuracy=None)]
+    records += [record(1, perplexity=10.0, loss=2.3, **by_group)]
     make_run(tmp_path / "lm", records, settings())
     (row,) = rows(collect([tmp_path]))
     assert (row.mean, row.perplexity, row.before) == (None, Stat(10.0), Stat(20.0))
-    heading = markdown([row]).splitlines()[0]
-    assert "perplexity" in heading
+    assert row.groups == {"odes": Stat(15.0), "lists": Stat(8.0)}
+    heading, _, line, *_ = markdown([row]).splitlines()
+    assert "| odes | lists | perplexity |" in heading and "| 15.000 | 8.000 | 10.000 |" in line
     assert "mean" not in heading
-    assert "perplexity" in comma_separated([row])
+    assert "perplexity:odes,perplexity:odes_sd" in comma_separated([row])
     write(collect([tmp_path]), tmp_path / "out")
 
 

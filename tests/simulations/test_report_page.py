@@ -15,6 +15,7 @@ from simulations.cli import main
 from simulations.report import rows
 from simulations.report_page import dealt
 from simulations.report_page.charts import BY_LAYER
+from simulations.report_page.comparison import compared
 from simulations.report_page.page import page
 from simulations.run_folders import collect
 from simulations.tables import as_json
@@ -259,3 +260,27 @@ def test_committed_results_have_a_page(name: str, monkeypatch: pytest.MonkeyPatc
     assert len(lines) == len(rows(found))
     assert ("epsilon" in [one["id"] for one in data_of(text)["charts"]]) == (name == "privacy")
     assert ("clock" in [one["id"] for one in data_of(text)["charts"]]) == (name == "stragglers")
+
+
+def test_of_perplexity_the_least_is_best(tmp_path: Path) -> None:
+    for rule, level in (("fedavg", 9.0), ("ffa_lora", 7.0)):
+        for seed in range(4):
+            score = level + 0.01 * seed * (1 if rule == "fedavg" else -seed)
+            folder = tmp_path / f"{rule}-{seed}"
+            write_run(folder, {"method": rule, "seed": seed, "rounds": 2}, 0.5)
+            text = (folder / "rounds.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            for line in lines:
+                line |= {"perplexity": score, "perplexities": {"odes": 2 * score, "lists": 1.0}}
+            (folder / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    runs = collect([tmp_path])
+    found = compared(runs)
+    for key in ("perplexity", "perplexity:odes"):
+        (verdict,) = found.verdicts[key]
+        assert found.rules[verdict.best] == "ffa_lora" and verdict.supported
+    assert "perplexity_before" not in found.verdicts
+    drawn = chart(page(runs), "groups")
+    assert drawn["x"]["label"] == "perplexity" and drawn["title"].startswith("Perplexity")
+    assert drawn["categories"] == ["odes", "lists", "worst group"]
+    (own,) = [line for line in drawn["lines"] if "ffa_lora" in str(line)]
+    assert own["points"][0][1] == own["points"][2][1] > own["points"][1][1] == 1.0

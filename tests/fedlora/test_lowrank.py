@@ -12,11 +12,13 @@ from fedlora.lowrank import (
     Adapter,
     LoraPair,
     aggregation_error,
+    layer_norms,
     mean_adapter,
     mean_and_error_norms,
     middle_product,
     product_distances,
     product_norm,
+    relative_error,
     weighted_mean,
 )
 from tests.helpers import (
@@ -179,6 +181,26 @@ def test_aggregation_error_is_the_dense_one(count: int) -> None:
         found = aggregation_error(adapters, weights, merged)
         # one client: the error is exactly zero, of which rounding leaves about 1e-16
         assert found == pytest.approx(dense_error(adapters, weights, merged), rel=TIGHT, abs=1e-14)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_errors_of_layers_combine_to_that_of_all(count: int) -> None:
+    """Their squares' mean, weighted by the squared norms of the layers' mean changes."""
+    adapters, weights = clients(count), normal(COUNTS[count])
+    merged = random_adapter(99)
+    norms = layer_norms(adapters, weights, merged)
+    assert norms.keys() == merged.pairs.keys() and len(norms) > 1
+    combined = shares = 0.0
+    for name, ab in merged.pairs.items():
+        alone = relative_error([norms[name]])
+        one = [Adapter({name: adapter.pairs[name]}) for adapter in adapters]
+        assert alone == pytest.approx(dense_error(one, weights, Adapter({name: ab})), rel=TIGHT)
+        share = float(dense_mean(adapters, weights, name).square().sum())
+        combined, shares = combined + share * alone**2, shares + share
+    found = aggregation_error(adapters, weights, merged)
+    assert found == pytest.approx((combined / shares) ** 0.5, rel=TIGHT)
+    each = [relative_error([one]) for one in norms.values()]
+    assert max(each) / min(each) > 1.01 and min(each) < found < max(each)
 
 
 def test_no_error_when_all_share_one_factor() -> None:

@@ -45,7 +45,15 @@ def test_a_run_leaves_its_folder(tmp_path: Path, method: str) -> None:
     wanted = "round train_loss loss accuracy groups aggregation_error bytes_up bytes_down seconds"
     assert set(f"{wanted} clients failures".split()) <= set(records[0])
     assert records[0]["train_loss"] is None and records[0]["loss"] is not None
+    assert records[0]["aggregation_error_by_layer"] == {}
     for record in records[1:]:
+        layers = record["aggregation_error_by_layer"]
+        assert [*layers] == [
+            f"bert.encoder.layer.{number}.attention.self.{name}"
+            for number in range(2)
+            for name in ("query", "value")
+        ]
+        assert min(layers.values()) <= record["aggregation_error"] <= max(layers.values())
         assert record["clients"] == [0, 1, 2, 3] and record["failures"] == []
         assert set(record["groups"]) == {"short", "long"}
     summary = json.loads((folder / "summary.json").read_text())

@@ -20,6 +20,7 @@ from fedlora.errors import ConfigError
 from fedlora.lowrank import Adapter, LoraPair
 from fedlora.rounds import GlobalState
 from strategies.base import LoraStrategy
+from strategies.merging import layer_of
 from tests.helpers import FACTOR_METHODS as METHODS
 from tests.helpers import (
     MODULES,
@@ -236,21 +237,26 @@ def test_merge_is_pure(make: Callable[..., LoraStrategy], count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_recorded_error_is_the_dense_one(make: Callable[..., LoraStrategy], count: int) -> None:
+def test_recorded_errors_are_the_dense_ones(make: Callable[..., LoraStrategy], count: int) -> None:
     strategy = make()
     adapters, weights = uploads(strategy, START, count), normal(COUNTS[count])
     done = play(strategy, START, replies(strategy, adapters, COUNTS[count]))
-    error = ideal = 0.0
+    error, ideal = dict[str, float](), dict[str, float]()
     for name, ab in done.whole().pairs.items():
         mean = dense_mean(adapters, weights, name)
-        error += float((mean - dense(ab)).square().sum())
-        ideal += float(mean.square().sum())
-    found = done.records[1].aggregation_error
+        error[name] = float((mean - dense(ab)).square().sum())
+        ideal[name] = float(mean.square().sum())
+    found, by_layer = done.records[1].aggregation_error, done.records[1].aggregation_error_by_layer
     if strategy.plan(1).personal:  # the products are not known
-        assert found is None
+        assert found is None and not by_layer
         return
     # exact rules and one client: rounding leaves about 1e-16 of either way
-    assert found == pytest.approx((error / ideal) ** 0.5, rel=TIGHT, abs=1e-14)
+    total = (sum(error.values()) / sum(ideal.values())) ** 0.5
+    assert found == pytest.approx(total, rel=TIGHT, abs=1e-14)
+    assert by_layer == {
+        layer_of(name): pytest.approx((error[name] / ideal[name]) ** 0.5, rel=TIGHT, abs=1e-14)
+        for name in error
+    }
 
 
 WIDTHS = {torch.float16: 2, torch.float32: 4, torch.float64: 8}

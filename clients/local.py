@@ -21,10 +21,10 @@ from clients.turns import Turns
 from fedlora.config import TrainConfig
 from fedlora.errors import FedloraError
 from fedlora.faults import reach
-from fedlora.models.base import Inputs
+from fedlora.models.base import Inputs, TextInputs
 from fedlora.models.checkpointing import checkpointed
 from fedlora.stopwatch import turn
-from fedlora.tasks.task import Objective
+from fedlora.tasks.task import Examples, Objective
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,18 @@ class Rows:
 
     Attributes:
         inputs: cut into batches by row.
-        labels: ``[N]`` int64.
+        labels: ``[N]`` int64; for language modelling, how many of a row's first tokens are given.
     """
 
     inputs: Inputs
     labels: Tensor
+
+    @staticmethod
+    def of(inputs: Inputs, examples: Examples) -> Rows:
+        """Encoded examples with what they are held against."""
+        if isinstance(inputs, TextInputs) and inputs.given:
+            return Rows(inputs, torch.tensor(inputs.given))
+        return Rows(inputs, torch.from_numpy(examples.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,16 +65,24 @@ def example_losses(
     """The loss of each example by itself, ``[b]``.
 
     Classification: cross-entropy of ``logits [b, classes]``. Language: the mean over a text's
-    own next tokens of ``logits [b, T, vocab]``, so that no example weighs on another's loss.
+    own next tokens of ``logits [b, T, vocab]``, so that no example weighs on another's loss; of
+    the first ``labels [b]`` tokens, which are given, there is none.
     In float32 at least, whatever the model computes in.
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     if objective == "classify":
         return cross_entropy(logits, labels, reduction="none")
-    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    targets, mask = _next_tokens(batch, labels)
     losses = cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")  # [b, T-1]
     return (losses * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _next_tokens(batch: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens to be told, and 1 for each that is learned, not given or padding; [b, T - 1]."""
+    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    place = torch.arange(1, targets.shape[1] + 1, device=targets.device)
+    return targets, mask * (place >= labels[:, None])
 
 
 def batches(examples: int, config: TrainConfig, rng: numpy.random.Generator) -> Iterator[list[int]]:
@@ -202,7 +217,7 @@ def _right(
     """``[b]`` 1 or 0 for a class, a share in [0, 1] for a text."""
     if objective == "classify":
         return logits.argmax(-1) == labels
-    targets, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
+    targets, mask = _next_tokens(batch, labels)
     hits = (logits[:, :-1].argmax(-1) == targets) * mask
     return hits.sum(1) / mask.sum(1).clamp(min=1)
 

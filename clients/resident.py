@@ -269,7 +269,7 @@ class Resident:
 
     def _encode(self, examples: Examples) -> Rows:
         """Examples as the model's inputs."""
-        return Rows(self.model.base.encode(examples), torch.from_numpy(examples.labels))
+        return Rows.of(self.model.base.encode(examples), examples)
 
 
 def resident(config: ClientConfig) -> Resident:

@@ -34,6 +34,10 @@ class DataError(ConfigError):
         return f"client {client}: its rows cannot be read{at}; its own log says what is wrong"
 
 
+class MissingDataError(ConfigError):
+    """A data set that is not on this machine and could not be fetched."""
+
+
 class WireError(FedloraError):
     """A record from the network that is not what this round asked for."""
 

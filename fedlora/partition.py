@@ -179,6 +179,7 @@ def _together(parts: list[tuple[Examples, tuple[str, ...]]], names: tuple[str, .
         natural=tuple(name for examples, _ in parts for name in examples.natural),
         texts=tuple(text for examples, _ in parts for text in examples.texts),
         images=numpy.concatenate(images) if images else None,
+        prompts=tuple(prompt for examples, _ in parts for prompt in examples.prompts),
     )
 
 

@@ -39,11 +39,15 @@ class Joinable(Inputs, Protocol):
 
 @dataclass(frozen=True)
 class TextInputs:
-    """Token ids per row, padded only when a batch is made."""
+    """Token ids per row, padded only when a batch is made.
+
+    Of a row's tokens the first so many as ``given`` says are a prompt; empty for none.
+    """
 
     tokens: Sequence[Sequence[int]]
     pad: int
     lengths: Sequence[int]
+    given: Sequence[int] = ()
 
     @cached_property
     def _padded(self) -> tuple[Tensor, Tensor]:
@@ -77,20 +81,39 @@ def padded(tokens: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """What a pretrained model takes for an image.
+
+    Attributes:
+        shape: channels, height and width.
+        mean, std: of each channel, ``[channels, 1, 1]``; pixels in [0, 1] are taken less the one
+            and over the other.
+    """
+
+    shape: tuple[int, int, int]
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
 class ImageInputs:
-    """Images as they are."""
+    """Images as they are, or as ``pixels`` says batch by batch."""
 
     images: Tensor
     lengths: Sequence[int]
+    pixels: Pixels | None = None
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """``pixel_values`` ``[b, channels, height, width]``."""
-        return {"pixel_values": self.images[list(rows)]}
+        images = self.images[list(rows)]
+        if self.pixels is not None:
+            images = (images - self.pixels.mean) / self.pixels.std
+        return {"pixel_values": images}
 
     @staticmethod
     def together(parts: Sequence[tuple[ImageInputs, Sequence[int]]]) -> dict[str, Tensor]:
         """As for one client."""
-        return {"pixel_values": torch.cat([inputs.images[list(rows)] for inputs, rows in parts])}
+        return {"pixel_values": torch.cat([inputs(rows)["pixel_values"] for inputs, rows in parts])}
 
 
 @dataclass(frozen=True)
@@ -126,7 +149,7 @@ def text_model(
 
 
 def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> TextInputs:
-    """Tokenise all texts once, cut to ``max_length`` tokens.
+    """Tokenise all texts once, cut to ``max_length`` tokens; a prompt and its text each alone.
 
     Raises:
         ConfigError: the task has no texts.
@@ -135,16 +158,30 @@ def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> TextInp
         raise ConfigError("model.name: this model reads texts, and the task has images")
     if not examples.texts:
         return TextInputs([], tokenizer.pad_token_id, [])
+    if examples.prompts:
+        before = tokenizer(list(examples.prompts))["input_ids"]
+        after = tokenizer(list(examples.texts), add_special_tokens=False)["input_ids"]
+        both = [[*a, *b][:max_length] for a, b in zip(before, after, strict=True)]
+        given = [len(ids) for ids in before]
+        return TextInputs(both, tokenizer.pad_token_id, [len(ids) for ids in both], given)
     tokens = tokenizer(list(examples.texts), truncation=True, max_length=max_length)["input_ids"]
     return TextInputs(tokens, tokenizer.pad_token_id, [len(ids) for ids in tokens])
 
 
-def encode_images(examples: Examples, model: str) -> ImageInputs:
+def encode_images(examples: Examples, model: str, pixels: Pixels | None = None) -> ImageInputs:
     """Images as a tensor, for the model of that name.
 
     Raises:
-        ConfigError: the task has no images.
+        ConfigError: the task has no images, or none of the shape that ``pixels`` says.
     """
     if examples.images is None:
         raise ConfigError(f"model.name: {model!r} reads images, and the task has texts")
-    return ImageInputs(torch.from_numpy(examples.images), [1] * len(examples))
+    if pixels is not None and examples.images.shape[1:] != pixels.shape:
+        found, allowed = (
+            " x ".join(map(str, s)) for s in (examples.images.shape[1:], pixels.shape)
+        )
+        raise ConfigError(
+            f"model.name: {model!r} reads images of {allowed}, and the task has {found}; "
+            "see the task's options size and grey"
+        )
+    return ImageInputs(torch.from_numpy(examples.images), [1] * len(examples), pixels)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 from numpy.typing import NDArray
@@ -14,7 +15,11 @@ from numpy.typing import NDArray
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks.tables import READERS, read_table
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+BILINEAR = 2  # Pillow's number of it
 TABLE, FILE = "labels", "file"  # of the table that names files, and its column of them
 
 
@@ -64,6 +69,19 @@ def read_pictures(
             )
         images.append(image)
     return numpy.stack(images), [(place, cells) for place, _, cells in named]
+
+
+def pixels(image: Image.Image, look: Look) -> NDArray[numpy.float32]:
+    """A picture as ``[channels, height, width]`` in [0, 1].
+
+    Raises:
+        OSError, ValueError: it is broken; Pillow raises others too.
+    """
+    alike = image.convert("L" if look.grey else "RGB")
+    if look.size:
+        alike = alike.resize((look.size, look.size), BILINEAR)
+    values = numpy.asarray(alike, dtype=numpy.float32) / numpy.float32(255)
+    return values[None] if look.grey else values.transpose(2, 0, 1)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -120,13 +138,9 @@ def _read(path: Path, look: Look) -> NDArray[numpy.float32]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                image = opened.convert("L" if look.grey else "RGB")
+                return pixels(opened, look)
     except FileNotFoundError:
         raise DataError(f"{path}: found no such file") from None
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(f"{path}: not a whole picture: {reason}") from None
-    if look.size:
-        image = image.resize((look.size, look.size), Image.Resampling.BILINEAR)
-    pixels = numpy.asarray(image, dtype=numpy.float32) / numpy.float32(255)
-    return pixels[None] if look.grey else pixels.transpose(2, 0, 1)

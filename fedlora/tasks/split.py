@@ -43,7 +43,7 @@ def without_duplicates(examples: Examples) -> Examples:
     """
     seen: dict[bytes, int] = {}
     for row in range(len(examples)):
-        seen.setdefault(_content(examples, row), row)
+        seen.setdefault(hashlib.sha256(_content(examples, row)).digest(), row)
     return examples.take(numpy.array(list(seen.values()), dtype=numpy.int64))
 
 
@@ -90,4 +90,5 @@ def _content(examples: Examples, row: int) -> bytes:
     if examples.images is not None:
         pixels: bytes = examples.images[row].tobytes()
         return pixels
-    return text_key(examples.texts[row]).encode()
+    prompt = f"{text_key(examples.prompts[row])}\x1f" if examples.prompts else ""
+    return f"{prompt}{text_key(examples.texts[row])}".encode()

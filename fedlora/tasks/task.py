@@ -17,6 +17,8 @@ class Examples:
 
     Attributes:
         texts: for text tasks, else empty.
+        prompts: for language modelling, what stands before each text and is given, not learned;
+            empty for none.
         images: ``[N, channels, height, width]`` float32 in [0, 1] for image tasks, else None.
         labels: ``[N]`` int64; all 0 for language modelling.
         groups: ``[N]`` int64 into the task's ``group_names``.
@@ -31,13 +33,15 @@ class Examples:
     natural: tuple[str, ...]
     texts: tuple[str, ...] = ()
     images: NDArray[numpy.float32] | None = None
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         inputs = len(self.texts) if self.images is None else len(self.images)
-        if {len(self.labels), len(self.groups), len(self.natural)} != {inputs}:
+        prompts = len(self.prompts) or inputs
+        if {len(self.labels), len(self.groups), len(self.natural), prompts} != {inputs}:
             raise ValueError(
                 f"{inputs} inputs, {len(self.labels)} labels, {len(self.groups)} groups, "
-                f"{len(self.natural)} natural ids: all must be equal"
+                f"{len(self.natural)} natural ids, {prompts} prompts: all must be equal"
             )
 
     def __len__(self) -> int:
@@ -51,6 +55,7 @@ class Examples:
             natural=tuple(self.natural[row] for row in rows),
             texts=tuple(self.texts[row] for row in rows) if self.texts else (),
             images=None if self.images is None else self.images[rows],
+            prompts=tuple(self.prompts[row] for row in rows) if self.prompts else (),
         )
 
 

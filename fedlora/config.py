@@ -113,6 +113,8 @@ class AdapterConfig(Part):
         rank: r; with ``ranks`` the largest of them, which it is if left out.
         ranks: of the clients: client k has the (k mod n)-th of n; none is ``rank`` for all.
         target_modules: names of the layers that get an adapter, as PEFT matches them.
+        heads: a classifier's head trains in full beside the adapter; false leaves it as it was
+            loaded, or drawn with the base: the same in every run, and nothing of it travels.
         options: the adapter's own options (for ``lora``: alpha, dropout, use_rslora, ...).
     """
 
@@ -120,6 +122,7 @@ class AdapterConfig(Part):
     rank: Count = 8
     ranks: Counts = ()
     target_modules: Names = ("query", "value")
+    heads: bool = True
     options: dict[str, Scalar] = {}
 
     @model_validator(mode="before")

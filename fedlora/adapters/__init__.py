@@ -137,12 +137,14 @@ def attach(base: BaseModel, config: AdapterConfig, seed: int) -> AdaptedModel:
     _check_targets(base.module, config)
     options = checked_options(kind.configure, config.options, "adapter.options", leave_out=2)
     settings = kind.configure(config.rank, config.target_modules, **options)
-    settings.task_type = base.task_type
-    settings.modules_to_save = list(base.heads)  # type: ignore[attr-defined]  # on subclasses
+    heads = base.heads if config.heads else ()
+    # PEFT trains the head of whatever it takes for a classifier.
+    settings.task_type = base.task_type if heads or base.objective == "language" else None
+    settings.modules_to_save = list(heads)  # type: ignore[attr-defined]  # on subclasses
     with warnings.catch_warnings(), ambient(seed, "adapter", config.name):
         warnings.simplefilter("ignore")
         model: Any = get_peft_model(base.module, settings)
-        _draw_heads(model, base.heads)
+        _draw_heads(model, heads)
     return AdaptedModel(base, model, _trained(model))
 
 

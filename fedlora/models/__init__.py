@@ -76,7 +76,7 @@ def load_model(config: ModelConfig, label_count: int, objective: Objective) -> B
 def model_without_weights(
     config: ModelConfig, label_count: int, objective: Objective
 ) -> BaseModel | None:
-    """The shapes of a model whose configuration is on this machine, on torch's ``meta`` device.
+    """The shapes of a model whose configuration is here or known, on torch's ``meta`` device.
 
     None for built-in models, and where there is no configuration; it cannot encode examples.
     """
@@ -84,6 +84,7 @@ def model_without_weights(
         return None
     base = shapes_of(config.name, label_count, objective)
     if base is not None:
+        keep_in(base.module, config.dtype, base.heads)
         base.module.requires_grad_(False)
     return base
 

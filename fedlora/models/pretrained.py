@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.image_processing_base import ImageProcessingMixin
 
 from fedlora.errors import ConfigError
 from fedlora.mixer import pretrained
-from fedlora.models.base import BaseModel, encode_images, text_model
+from fedlora.models.base import BaseModel, Pixels, encode_images, text_model
+from fedlora.models.published import PUBLISHED
 from fedlora.options import Count, Share
 from fedlora.seeds import ambient
 from fedlora.tasks.task import Objective
@@ -70,19 +72,26 @@ def from_folder(
     max_length: int,
     **overrides: Any,  # Any: configuration values of the model class
 ) -> BaseModel:
-    """A transformers model and its tokenizer from a folder or the hub."""
+    """A transformers model from a folder or the hub, with its tokenizer if it reads texts."""
     quiet()
-    kind = _kind(objective)
-    if objective == "classify":
-        overrides["num_labels"] = label_count
+    if objective == "classify":  # a head of other labels is drawn anew
+        overrides |= {"num_labels": label_count, "ignore_mismatched_sizes": True}
+    pixels: Pixels | None = None
+    tokenizer: Any = None  # Any: transformers' tokenizers share no typed base class
     try:
         with warnings.catch_warnings(), ambient(0, "head"):
             warnings.simplefilter("ignore", FutureWarning)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-            module = kind.from_pretrained(path, **overrides)
+            settings = transformers.AutoConfig.from_pretrained(path)
+            if reads_images(settings):
+                pixels = _pixels(path, settings)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+            module = _kind(objective, settings).from_pretrained(path, **overrides)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model.name: cannot load {path!r}: {reason}") from None
+    if pixels is not None:
+        return _image_model(module, objective, path, pixels)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if module.config.pad_token_id is None:
@@ -91,24 +100,62 @@ def from_folder(
 
 
 def shapes_of(path: str, label_count: int, objective: Objective) -> BaseModel | None:
-    """A transformers model without values, on torch's ``meta`` device; None without its config."""
+    """A transformers model without values, on torch's ``meta`` device.
+
+    Its configuration is the one on this machine, or the one that ``PUBLISHED`` has by that name;
+    None without either.
+    """
     quiet()
     labels = {"num_labels": label_count} if objective == "classify" else {}
     try:
         settings = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **labels)
-        kind = _kind(objective)
+    except (OSError, ValueError):
+        if path not in PUBLISHED:
+            return None
+        settings = PUBLISHED[path](**labels)
+    try:
         with torch.device("meta"):
-            module = kind.from_config(settings)
+            module = _kind(objective, settings).from_config(settings)
     except (OSError, ValueError):
         return None
+    if reads_images(settings):
+        return _image_model(module, objective, path, None)
     return text_model(module, None, objective, 1)
 
 
-def _kind(objective: Objective) -> Any:  # Any: the Auto classes share no typed base class
+def reads_images(settings: Any) -> bool:  # Any: transformers' configurations
+    """Whether a model of this configuration reads images instead of texts."""
+    return type(settings) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+
+def _kind(objective: Objective, settings: Any) -> Any:  # Any: as above; and the Auto classes
     """Transformers' class for an objective."""
     if objective == "language":
         return transformers.AutoModelForCausalLM
+    if reads_images(settings):
+        return transformers.AutoModelForImageClassification
     return transformers.AutoModelForSequenceClassification
+
+
+def _image_model(
+    module: Any, objective: Objective, name: str, pixels: Pixels | None
+) -> BaseModel:  # Any: transformers' models
+    """An image classifier whose head trains in full."""
+    encode = partial(encode_images, model=name, pixels=pixels)
+    return BaseModel(module, objective, ("classifier",), None, encode)
+
+
+def _pixels(path: str, settings: Any) -> Pixels:  # Any: transformers' configurations
+    """What a model takes for an image, by its own ``preprocessor_config.json``."""
+    size, channels = getattr(settings, "image_size", None), getattr(settings, "num_channels", None)
+    if not isinstance(size, int) or not isinstance(channels, int):
+        raise ValueError("its configuration has no one image_size and num_channels")
+    said, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    mean, std = (
+        torch.tensor(said.get(key, [plain] * channels)).reshape(channels, 1, 1)
+        for key, plain in (("image_mean", 0.0), ("image_std", 1.0))
+    )
+    return Pixels((channels, size, size), mean, std)
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -193,6 +194,7 @@ def _alone(option: str, others: Mapping[str, object]) -> None:
 
 def _show_dry_run(config: RunConfig, as_json: bool) -> None:
     """Print what the run would take; ``out`` and ``profile`` do not matter then."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before its library is there: it downloads nothing
     from simulations.dry_run import dry_run
     from simulations.dry_run_table import table
 

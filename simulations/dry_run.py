@@ -1,13 +1,14 @@
 """What a run would take, before it starts: ``fedlora run --dry-run``.
 
 The recipe is checked whole, task and model are loaded, a few steps and a part of an evaluation are
-measured. Nothing is written, no ledger is charged, and nothing that was trained is kept.
+measured. Nothing is written, no ledger is charged, and nothing that was trained is kept. Of a model
+or data that is not on this machine, it tells what shapes tell, and what the recipe declares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import ArrayRecord
@@ -17,10 +18,10 @@ from clients.stacked import PackError, owners
 from fedlora.adapters import AdaptedModel, attach
 from fedlora.calibration import ClientPlan
 from fedlora.config import RunConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, MissingDataError
 from fedlora.models import load_model, model_without_weights
-from fedlora.partition import deal, hold_back
-from fedlora.tasks import load_task
+from fedlora.partition import Rows, deal, hold_back, partition
+from fedlora.tasks.declared import Declared, declared
 from fedlora.tasks.task import Task
 from fedlora.wire import Layout
 from simulations.census import counts_of
@@ -62,8 +63,9 @@ class DryRun:
         steps: of a client in a round.
         total_steps: of all clients in all rounds, on average where clients are drawn by chance.
         pack, pack_because: clients that are trained together, and why so many.
-        timing, times: None where the weights could not be had.
+        timing, times: None where the weights or the data could not be had.
         missing: why they could not.
+        declared: what the recipe says of data that could not be had; else None.
     """
 
     name: str
@@ -86,6 +88,7 @@ class DryRun:
     times: Times | None
     privacy: Noise | None
     missing: str | None
+    declared: Declared | None
 
 
 def dry_run(config: RunConfig) -> DryRun:
@@ -116,14 +119,15 @@ def dry_run(config: RunConfig) -> DryRun:
 
 
 def _from_shapes(config: RunConfig, missing: ConfigError) -> DryRun:
-    """As much as can be said without the model's weights.
+    """As much as can be said without the model's weights, and of data as the recipe declares it.
 
     Raises:
-        ConfigError: ``missing``, where its shapes cannot be had either; or what else is missing.
+        ConfigError: ``missing``, where shapes or sizes cannot be had either; or what else is
+            missing.
     """
-    if config.model.options or _loads(config, load_task(config.task)):
+    task, parts, said = _dealt(config)
+    if config.model.options or (said is None and _loads(config, task)):
         raise missing
-    task, parts = deal(config.task, config.clients, config.seed)
     if config.evaluate.personal:
         parts, _ = hold_back(parts, config.evaluate.holdout, config.seed)
     counts = [len(part) for part in parts]
@@ -144,8 +148,20 @@ def _from_shapes(config: RunConfig, missing: ConfigError) -> DryRun:
         pack = suited(config, moving, "cpu", model.fixed())
     except PackError as error:
         pack = 1, str(error)
-    memory = by_formula(config, base.module, moving, pack[0])
-    return _told(config, model, strategy, layout, planned, counts, pack, memory, None, str(missing))
+    memory = by_formula(config, base.module, moving, pack[0], said.picture_bytes if said else 0)
+    told = _told(config, model, strategy, layout, planned, counts, pack, memory, None, str(missing))
+    return replace(told, declared=said)
+
+
+def _dealt(config: RunConfig) -> tuple[Task, tuple[Rows, ...], Declared | None]:
+    """The task and what each client has of it; and what was declared, where it is not here."""
+    try:
+        return *deal(config.task, config.clients, config.seed), None
+    except MissingDataError:
+        if (found := declared(config.task)) is None:
+            raise
+    task, said = found
+    return task, partition(task, config.clients, config.seed), said
 
 
 def _loads(config: RunConfig, task: Task) -> bool:
@@ -201,4 +217,5 @@ def _told(
         times=timed[1] if timed else None,
         privacy=noise,
         missing=missing,
+        declared=None,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from fedlora.tasks.declared import Declared
 from simulations.dry_run import DryRun
 from simulations.forecast import Spread
 
@@ -23,6 +24,8 @@ def _sizes(found: DryRun) -> Iterator[tuple[str, str]]:
     """What follows from the recipe, the data and the shapes."""
     sent, about = found.traffic, "" if found.traffic.exact else "about "
     yield "base model", f"{found.model}, {found.base_numbers:,} numbers"
+    if said := found.declared:
+        yield "task", f"{_task(said)}: as the recipe declares, not read"
     who = f"a client of rank {max(found.ranks)}" if found.ranks else "each client"
     yield "trained", f"{found.trained_numbers:,} numbers by {who}"
     yield "clients", f"{found.clients}, {about}{sent.clients:g} of them in a round"
@@ -59,12 +62,22 @@ def _measured(found: DryRun) -> Iterator[tuple[str, str]]:
         yield "not measured", found.missing
 
 
+def _task(said: Declared) -> str:
+    """What a recipe declares of its data."""
+    kinds = f"{said.labels} labels, " if said.labels else "no labels, "
+    kept = f"{said.rows:,} rows, {kinds}{said.groups} group(s), {said.kept:,} to train on"
+    return f"{kept}, pictures of {_mb(said.picture_bytes)}" if said.picture_bytes else kept
+
+
 def _spread(spread: Spread) -> str:
     """Least, median and greatest, or the one that all are."""
-    least, greatest = f"{spread.least:.4g}", f"{spread.greatest:.4g}"
-    if least == greatest:
-        return least
-    return f"{least} to {greatest}, median {spread.median:.4g}"
+    least, median, greatest = map(_number, (spread.least, spread.median, spread.greatest))
+    return least if least == greatest else f"{least} to {greatest}, median {median}"
+
+
+def _number(number: float) -> str:
+    """Whole from ten thousand on, else four digits."""
+    return f"{number:,.0f}" if number >= 1e4 else f"{number:.4g}"
 
 
 def _mb(number: int) -> str:

@@ -79,10 +79,12 @@ def traffic(config: RunConfig, strategy: LoraStrategy, layout: Layout) -> Traffi
 def base_bytes(strategy: LoraStrategy, layout: Layout, rounds: Sequence[int]) -> int:
     """Of what these rounds, of so many clients each, have added to the frozen weights."""
     fields, total = {(field.pair, field.factor): field for field in layout.fields}, 0
+    added: dict[int, int] = {}  # by an adapter's rank
     for pair in layout.scales:
         (r, d_in), (d_out, _) = (fields[pair, factor].shape for factor in FACTORS)
-        rank = sum(strategy.added_rank(count, r) for count in rounds)
-        total += numbers(rank, d_out, d_in) * FLOATS[fields[pair, "A"].dtype]
+        if r not in added:
+            added[r] = sum(strategy.added_rank(count, r) for count in rounds)
+        total += numbers(added[r], d_out, d_in) * FLOATS[fields[pair, "A"].dtype]
     return total
 
 

@@ -30,7 +30,8 @@ class Memory:
         imports: what they take in each process, some of it shared between processes.
         all_workers: both, times the workers.
         gpu: the most that one worker's tensors took on the GPU; 0 without one.
-        measured: whether it was measured here; else it is weights, gradients and optimiser alone.
+        measured: whether it was measured here; else it is weights, gradients and optimiser, and
+            the pictures of a task whose sizes are declared.
     """
 
     worker: int
@@ -64,9 +65,9 @@ class Peak:
 
 
 def by_formula(
-    config: RunConfig, module: nn.Module, moving: Mapping[str, nn.Parameter], pack: int
+    config: RunConfig, module: nn.Module, moving: Mapping[str, nn.Parameter], pack: int, data: int
 ) -> Memory:
-    """Weights; and for each client of a pack its tensors, their gradients and the optimiser's.
+    """Weights and data; for each client of a pack its tensors, their gradients, the optimiser's.
 
     Privately each row of a batch has gradients of its own. Activations come on top.
     """
@@ -74,7 +75,7 @@ def by_formula(
     own = sum(p.numel() * p.element_size() for p in moving.values())
     rows = config.train.batch_size if config.privacy.unit == "example" else 1
     moments = 2 if config.train.optimizer == "adamw" else 1
-    worker = weights + pack * own * (1 + rows + moments)
+    worker = weights + data + pack * own * (1 + rows + moments)
     return Memory(worker, 0, worker * config.launch.processes(), 0, False)
 
 

@@ -88,10 +88,18 @@ class Recipe:
 
 
 def built_in() -> dict[str, str]:
-    """Built-in recipes and the questions they answer."""
-    folder = resources.files("simulations") / "recipes"
-    names = sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if ".toml" in f.name)
-    return {name: load(name).question for name in names}
+    """Built-in recipes and the questions they answer; those of papers' settings come last."""
+    return {name: load(name).question for name in _names()}
+
+
+def _names() -> list[str]:
+    """Of the built-in recipes, as one asks for them."""
+    names = []
+    for prefix in ("", "papers/"):
+        files = resources.files("simulations").joinpath(f"recipes/{prefix}").iterdir()
+        stems = [file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")]
+        names += [prefix + stem for stem in sorted(stems)]
+    return names
 
 
 def load(name_or_path: str) -> Recipe:
@@ -109,11 +117,11 @@ def load(name_or_path: str) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"recipe {name_or_path}: cannot be read: {error}") from None
     else:
-        folder = resources.files("simulations") / "recipes"
-        names = [f.name.removesuffix(".toml") for f in folder.iterdir() if ".toml" in f.name]
+        names = _names()
         if name_or_path not in names:
             raise unknown("recipe", name_or_path, [*names, "a path to a .toml file"])
-        text = (folder / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        file = resources.files("simulations").joinpath(f"recipes/{name_or_path}.toml")
+        text = file.read_text(encoding="utf-8")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -182,6 +182,7 @@ def test_the_wheel_holds_the_four_packages_and_their_data(tmp_path: Path) -> Non
     assert tops == set(PACKAGES)
     for needed in (
         "simulations/recipes/quickstart.toml",
+        "simulations/recipes/papers/ffa_lora_mnli.toml",
         "fedlora/tasks/tweets.jsonl",
         "fedlora/mixer.json",
         "simulations/report_page/report.html",

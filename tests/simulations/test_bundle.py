@@ -25,7 +25,7 @@ DATA = {
     "LICENSE",
     "pyproject.toml",
     ".info/CONTENT",  # Flower's own
-    *(f"simulations/recipes/{path.name}" for path in ROOT.glob("simulations/recipes/*.toml")),
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("simulations/recipes/**/*.toml")),
 }
 RUN = """
 import socket, sys

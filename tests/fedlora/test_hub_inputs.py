@@ -77,18 +77,31 @@ def test_pairs_are_put_together(parquet: Write) -> None:
         loaded(path=path, test="validation", text="premise", second="hypotheses")
 
 
-def test_robertas_separator_gives_its_own_pairs() -> None:
-    """One text with ``</s></s>`` in it has the ids that RoBERTa gives two texts."""
+def letters(processor: processors.PostProcessor) -> PreTrainedTokenizerFast:
+    """A tokeniser of letters with RoBERTa's special tokens."""
     words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words |= {letter: 4 + place for place, letter in enumerate(letters)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words |= {letter: 4 + place for place, letter in enumerate(alphabet)}
     own = Tokenizer(models.BPE(words, [], unk_token="<unk>"))
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own.decoder = decoders.ByteLevel()
-    own.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    tokenizer = PreTrainedTokenizerFast(
+    own.post_processor = processor
+    return PreTrainedTokenizerFast(
         tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )
+
+
+def test_an_answer_begins_no_text_of_its_own() -> None:
+    tokenizer = letters(processors.TemplateProcessing("<s> $A", None, [("<s>", 0)]))
+    none = numpy.zeros(1, dtype=numpy.int64)
+    found = encode_texts(Examples(none, none, ("",), ("12",), None, ("7+5=",)), tokenizer, 99)
+    assert found.tokens == [tokenizer("7+5=12")["input_ids"]]
+    assert found.given == [5] and found.lengths == [7]
+
+
+def test_robertas_separator_gives_its_own_pairs() -> None:
+    """One text with ``</s></s>`` in it has the ids that RoBERTa gives two texts."""
+    tokenizer = letters(processors.RobertaProcessing(("</s>", 2), ("<s>", 0)))
     one, two = "A man eats.", "He is hungry."
     none = numpy.zeros(1, dtype=numpy.int64)
     texts = Examples(none, none, ("",), (f"{one}</s></s>{two}",))

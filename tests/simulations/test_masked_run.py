@@ -19,6 +19,7 @@ from fedlora.errors import ConfigError, PrivacyError
 from fedlora.fixed_point import FixedPoint
 from fedlora.wire import Layout
 from simulations import launch
+from simulations.chaos_runs import tree
 from simulations.forecast import traffic
 from simulations.grid import InProcessGrid
 from simulations.progress import Progress
@@ -194,4 +195,4 @@ def test_a_masked_run_that_dies_ends_the_same(
     resumed.run(tmp_path / "whole", *changes)
     resumed.die(monkeypatch, "received@2", tmp_path / "killed", *changes)
     resumed.run(tmp_path / "killed", *changes, resume=True)
-    assert resumed.tree(tmp_path / "killed") == resumed.tree(tmp_path / "whole")
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")

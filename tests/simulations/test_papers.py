@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
+from fedlora.config import ModelConfig
 from fedlora.errors import MissingDataError
+from fedlora.models import load_model
 from simulations.cli import main
 from simulations.dry_run import DryRun, dry_run
 from simulations.dry_run_table import table
@@ -112,6 +114,8 @@ def test_data_alone_may_be_missing(tmp_path: Path) -> None:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     ViTForImageClassification(settings).save_pretrained(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert load_model(ModelConfig(name=str(tmp_path)), 60, "classify")
     changes = (f"model.name={tmp_path}", "adapter.rank=4")
     found = told("papers/lora_fair_nico", "fedavg", *changes)
     assert found.declared and found.times is None

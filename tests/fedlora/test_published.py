@@ -43,7 +43,11 @@ def shapes(name: str, dtype: str = "float32") -> BaseModel:
     return base
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+LARGE = "meta-llama/Meta-Llama-3-8B"
+SHAPES = [pytest.param(n, marks=pytest.mark.slow) if n == LARGE else n for n in PUBLISHED]
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_the_published_ones_and_pefts(name: str) -> None:
     base = shapes(name)
     assert sum(p.numel() for p in base.module.parameters()) == PARAMETERS[name]

@@ -162,6 +162,9 @@ PLACES = (
 )
 
 
+Tracker = Literal["auto", "tensorboard", "wandb", "mlflow"]
+
+
 class LaunchConfig(Part):
     """Where clients run, and how many at once.
 
@@ -190,6 +193,8 @@ class LaunchConfig(Part):
         runtime_env: Ray's, for the workers; empty leaves each node's own environment.
         checkpoint: commit every so many rounds, so that ``fedlora run --resume`` can go on after
             them; 0 commits none.
+        track: who is told each round, in ``track/`` or over the network: ``tensorboard``, ``wandb``
+            or ``mlflow``; ``auto`` is TensorBoard where it is installed. May change, as ``PLACES``.
     """
 
     backend: Literal["inprocess", "ray"] = "inprocess"
@@ -206,6 +211,7 @@ class LaunchConfig(Part):
     ship: bool = False
     runtime_env: dict[str, Any] = {}  # Any: what Ray takes there
     checkpoint: CountOrZero = 1
+    track: Annotated[tuple[Tracker, ...], Strict(False)] = ("auto",)
 
     @field_validator("num_cpus", "num_gpus")
     @classmethod

@@ -49,10 +49,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Put everything in a folder on disk, whoever wrote it."""
+def sync_tree(folder: Path, but: Path | None = None) -> None:
+    """Put everything in a folder on disk, whoever wrote it, ``but`` what one path holds."""
     for path in [*folder.rglob("*"), folder]:
-        sync_folder(path)
+        if but is None or not path.is_relative_to(but):
+            sync_folder(path)
 
 
 def unwritten(path: Path, size: int, error: OSError) -> FedloraError:

@@ -70,6 +70,9 @@ launching = options(
     click.option("--backend", help="Short for --set launch.backend=NAME (inprocess or ray)."),
     click.option("--workers", type=int, help="Short for --set launch.workers=N."),
     click.option("--address", help="Join the Ray cluster at HOST:PORT, or auto; sets the backend."),
+    click.option(
+        "--track", callback=separated, metavar="A,B", help="Of tensorboard, wandb, mlflow."
+    ),
     out_folder,
     as_json,
 )

@@ -165,6 +165,7 @@ def overrides(
     workers: int | None,
     address: str | None = None,
     seed: int | None = None,
+    track: Sequence[str] = (),
 ) -> list[str]:
     """``--set`` and its short forms as one list; the short forms come last and win.
 
@@ -181,6 +182,7 @@ def overrides(
         "launch.backend": None if backend is None else json.dumps(backend),
         "launch.workers": workers,
         "launch.address": None if address is None else json.dumps(address),
+        "launch.track": json.dumps([*track]) if track else None,
     }
     return [*settings, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 

@@ -20,6 +20,7 @@ from simulations.recipe import Recipe
 from simulations.results import claim, default_folder
 from simulations.resuming import State, state_of
 from simulations.server_app import app as server_app
+from simulations.tracking.tracking import chosen
 
 CLIENT_APP = "clients.client_app:app"
 
@@ -96,7 +97,12 @@ def compare(
 
 @contextmanager
 def open_grid(config: RunConfig, progress: Progress) -> Iterator[LocalGrid]:
-    """The grid a recipe asks for, closed at the end."""
+    """The grid a recipe asks for, closed at the end.
+
+    Raises:
+        ConfigError: the recipe asks for what is not here.
+    """
+    chosen(config.launch.track)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     grid: LocalGrid
     if config.launch.backend == "ray":

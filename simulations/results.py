@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError
 from fedlora.faults import reach
 from fedlora.rounds import RoundRecord
 
+TRACK = "track"  # a folder for trackers' files, in a run's folder and no part of its result
 PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
 
 
@@ -146,7 +147,7 @@ class RunFolder:
             "rounds_merged": sum(record.merged for record in self.records),
             **extra,
         }
-        sync_tree(self.path)
+        sync_tree(self.path, but=self.path / TRACK)
         self.write("summary.json", summary)  # a folder that has it is finished
         sync_folder(self.path)
 

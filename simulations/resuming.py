@@ -24,7 +24,11 @@ from simulations.recipe import Recipe, load
 from simulations.results import RunFolder
 from strategies.snapshot import Snapshot
 
-CHANGEABLE = {"name", *(f"launch.{key}" for key in PLACES)}  # say nothing of what is computed
+CHANGEABLE = {
+    "name",
+    "launch.track",
+    *(f"launch.{key}" for key in PLACES),
+}  # say nothing of what is computed
 
 
 def config_of(
@@ -62,7 +66,7 @@ def same_run(folder: Path, began: RunConfig, asked: RunConfig) -> None:
     Raises:
         ConfigError: the first key that differs.
     """
-    before, now = _flat(began.model_dump()), _flat(asked.model_dump())
+    before, now = flat(began.model_dump()), flat(asked.model_dump())
     for key in sorted(before.keys() | now.keys()):
         same = before.get(key) == now.get(key)
         if not same and ".".join(key.split(".")[:2]) not in CHANGEABLE:
@@ -184,10 +188,10 @@ def contexts(grid: Grid) -> Mapping[int, Context]:
     return grid.contexts if isinstance(grid, LocalGrid) else {}
 
 
-def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, object]:
-    """Dotted keys and their values."""
+def flat(table: Mapping[str, Any], above: str = "") -> dict[str, object]:
+    """Dotted keys of a table of tables, and their values."""
     found: dict[str, object] = {}
     for key, value in table.items():
-        inside = _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+        inside = flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
         found |= inside
     return found

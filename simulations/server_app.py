@@ -40,6 +40,7 @@ from simulations.resuming import Resumable, alone, contexts, finished, same_run_
 from simulations.run_config import from_run_config
 from simulations.run_folders import read_run
 from simulations.statement import ledger_folder, statement
+from simulations.tracking.tracking import Tracking, chosen
 from simulations.virtual_time import virtual_time
 from strategies import METHODS, LoraStrategy
 from strategies.own_rows import Measuring
@@ -99,6 +100,7 @@ def serve(
     """
     progress: Progress = getattr(grid, "progress", Progress()) if listener is None else listener
     check_runtime(config, grid)
+    chosen(config.launch.track)
     with threads(config.launch.threads):
         here = resident(server_view(config))
         ledger, initial = Ledger(ledger_folder(config, folder)), ArrayRecord(here.first)
@@ -116,10 +118,12 @@ def serve(
 
         def on_round(record: RoundRecord, arrays: ArrayRecord) -> None:
             kept.results.add(record)
+            tracking.add(record)  # what dies before it is committed is done and told again
             kept.add(Snapshot.of(strategy, record.round, arrays), grid)
             progress.round_done(record)
 
-        with profiled(grid, strategy, kept.results):
+        tracking = Tracking(config, kept.results, progress.note)
+        with profiled(grid, strategy, kept.results), tracking:
             result = strategy.start(
                 grid,
                 initial,

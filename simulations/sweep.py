@@ -212,6 +212,6 @@ def _table(table: Mapping[str, Any], key: str, path: Path) -> Mapping[str, Any]:
 
 
 def _hash(config: RunConfig) -> str:
-    """The sha256 of a configuration, whatever it is called."""
-    told = config.model_dump(mode="json", exclude={"name"})
+    """The sha256 of a configuration, whatever it is called and whoever is told of it."""
+    told = config.model_dump(mode="json", exclude={"name": True, "launch": {"track"}})
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -17,14 +16,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
-from fedlora.ledger import Ledger
-from fedlora.privacy import PrivacyEvent, epsilon
 from simulations.progress import minutes
 from simulations.recipe import Recipe
 from simulations.run_folders import Run, is_run, read_run
-from simulations.statement import ledger_folder
+from simulations.spending import spent
 from simulations.tables import BLANK
 
 EVERY = 1.0  # seconds between looks
@@ -140,7 +136,7 @@ def _seen(run: Run) -> Seen:
         where="in one process"
         if config.launch.backend == "inprocess"
         else f"Ray, {workers} workers",
-        spent=_spent(config, run.folder),
+        spent=spent(config, run.folder),
         target=config.privacy.epsilon,
         left=None if finished or each is None else each * (config.rounds - done),
         quiet=max(0.0, time.time() - (run.folder / "rounds.jsonl").stat().st_mtime),
@@ -150,22 +146,6 @@ def _seen(run: Run) -> Seen:
 def _number(value: float | None, form: str) -> str:
     """A number, or that there is none."""
     return BLANK if value is None else f"{value:{form}}"
-
-
-def _spent(config: RunConfig, folder: Path) -> float | None:
-    """Epsilon of the client that has spent most, or of the server."""
-    if config.privacy.unit == "none":
-        return None
-    ledger = Ledger(ledger_folder(config, folder))
-    owners: list[int | None] = [*ledger.clients()] if config.privacy.unit == "example" else [None]
-    spendings = {tuple(ledger.events(owner)) for owner in owners}
-    return max((_price(events, config.privacy.delta) for events in spendings), default=0.0)
-
-
-@lru_cache(1000)
-def _price(events: tuple[PrivacyEvent, ...], delta: float) -> float:
-    """Epsilon of what was charged."""
-    return epsilon(events, delta, "rdp") if events else 0.0
 
 
 def _epsilon(seen: Seen) -> str:

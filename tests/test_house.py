@@ -71,6 +71,9 @@ DOORS = {
         "simulations/rules_figure.py",
         "fedlora/digit_images.py",
     ),
+    "tensorboard": ("simulations/tracking/event_files.py",),
+    "wandb": ("simulations/tracking/weights_and_biases.py",),
+    "mlflow": ("simulations/tracking/mlflow_runs.py",),
     "pydantic": ("fedlora/options.py", "fedlora/config", "fedlora/adapters/", "fedlora/tasks/"),
 }
 MATHS = (

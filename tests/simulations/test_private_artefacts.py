@@ -14,6 +14,7 @@ from clients.client_app import app
 from fedlora.config import RunConfig
 from simulations.grid import InProcessGrid
 from simulations.recipe import load
+from simulations.results import TRACK
 from simulations.server_app import serve
 from strategies import METHODS
 from tests.helpers import ScriptedGrid, bits
@@ -109,7 +110,7 @@ def test_the_server_computes_from_the_uploads_alone(fair: tuple[Watching, Path])
 def test_a_run_leaves_no_gradient_no_examples_and_no_noise(tmp_path: Path, rng: str) -> None:
     grid = Watching()
     serve(private("fedavg", f"privacy.rng={rng}"), grid, tmp_path / "run")
-    found = {p for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    found = {p for p in (tmp_path / "run").rglob("*") if p.is_file() and p.parent.name != TRACK}
     assert {str(p.relative_to(tmp_path / "run")) for p in found} == FILES
     with safe_open(tmp_path / "run/adapter/adapter_model.safetensors", "numpy") as saved:
         assert set(saved.keys()) == set(grid.asked["1", 0].content["arrays"])

@@ -116,6 +116,13 @@ def test_a_shard_that_there_is_not(text: str, tmp_path: Path) -> None:
         shard(text, sweep(tmp_path, GRID))
 
 
+def test_who_is_told_makes_no_other_cell(tmp_path: Path) -> None:
+    cells, path = sweep(tmp_path, GRID), tmp_path / "skew.toml"
+    told = read_sweep(path).cells(["launch.track=['mlflow']"])
+    assert [cell.name for cell in told] == [cell.name for cell in cells]
+    assert [cell.config for cell in told] != [cell.config for cell in cells]
+
+
 def test_shards_share_the_cells(tmp_path: Path) -> None:
     cells = sweep(tmp_path, GRID)
     parts = [shard(f"{k}/3", cells) for k in (1, 2, 3)]

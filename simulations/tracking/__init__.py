@@ -1,0 +1,1 @@
+"""Rounds told to TensorBoard, Weights & Biases or MLflow, as they are recorded."""

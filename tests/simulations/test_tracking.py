@@ -192,7 +192,6 @@ def test_a_run_that_goes_on_tells_no_round_twice(
     both = [tree(tmp_path / name) for name in ("run", "other")]
     for one in both:
         one.pop("config.toml")  # which says who is told
-        one.pop("track", None)
     assert both[0] == both[1]
 
 

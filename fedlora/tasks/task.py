@@ -83,8 +83,8 @@ class Task:
     """A data set with its held-out parts.
 
     ``validation`` chooses settings, ``test`` measures; rows of one natural source (an
-    article, a review) never lie in two parts. Where ``at_clients`` is not None, the rows are the
-    clients' own, and none are here.
+    article, a review) never lie in two parts, unless the task says so. Where ``at_clients`` is not
+    None, the rows are the clients' own, and none are here.
     """
 
     name: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import fetch
+from fedlora import fetch, smollm2_weights
 from fedlora.config import ClientConfig, ModelConfig, TaskConfig
 from fedlora.errors import ConfigError, FedloraError
 from simulations.shipping import cargo, unload
@@ -74,6 +74,19 @@ def test_a_folder_goes_to_the_same_place(tmp_path: Path) -> None:
     (model / "config.json").unlink()
     assert unload(list(files), lambda: files) == [model / "config.json"]
     assert (model / "config.json").read_text() == "{}"
+
+
+def test_what_was_fetched_arrives_as_it_lies_in_the_data_folder(folder: Path) -> None:
+    (folder / fetch.SHAKESPEARE_FILE).write_bytes(b"plays")
+    model = folder / smollm2_weights.FOLDER
+    model.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (model / name).write_text(name)
+    assert sent(config("shakespeare", "smollm2")) == {
+        fetch.SHAKESPEARE_FILE: b"plays",
+        f"{model.name}/config.json": b"config.json",
+        f"{model.name}/model.safetensors": b"model.safetensors",
+    }
 
 
 def test_what_is_built_in_is_not_shipped_and_what_is_not_here_is_named() -> None:

@@ -24,7 +24,9 @@ from fedlora.options import (
     Shares,
 )
 
-Split = Literal["group", "natural", "iid", "dirichlet", "pathological", "proportions", "own"]
+Split = Literal[
+    "group", "natural", "iid", "dirichlet", "pathological", "group_dirichlet", "proportions", "own"
+]
 Scalar = Annotated[str | int | float | bool | list[str], Finite]  # JSON has no others
 
 
@@ -51,9 +53,10 @@ class ClientsConfig(Part):
         number: of clients.
         split: ``group`` (one client per domain), ``natural`` (per article, review, ...),
             ``iid``, ``dirichlet`` (label skew), ``pathological`` (few classes each),
+            ``group_dirichlet`` (label skew inside each domain, client k in the k-th by turns),
             ``proportions`` (label skew as written), or ``own``, with the task ``local`` alone:
             each has rows of its own.
-        alpha: of the Dirichlet split; smaller is more skewed.
+        alpha: of the Dirichlet splits; smaller is more skewed.
         classes: per client, for the pathological split.
         proportions: each client's shares of the labels, in the task's order of labels, for the
             split of that name.

@@ -1,34 +1,19 @@
-"""Dealing a task's training examples to clients, and a count of what each one got.
-
-All splits but ``group`` and ``proportions`` are flwr-datasets' own partitioners, given the rows in
-a seeded order.
-"""
+"""Dealing a task's training examples to clients, and a count of what each one got."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy
-from numpy.typing import NDArray
 
 from fedlora import seeds
 from fedlora.config import ClientsConfig, TaskConfig
 from fedlora.errors import ConfigError, wrong
+from fedlora.partitioners import Rows, by_library, by_source, within_groups
 from fedlora.proportions import by_proportions
 from fedlora.tasks import load_own, load_task
 from fedlora.tasks.task import Examples, Task
-
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
-
-Rows = NDArray[numpy.int64]
 
 
 @dataclass(frozen=True)
@@ -95,8 +80,10 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
     their names; if there are more sources with ``min_examples`` examples than clients, a
     seeded draw leaves some out. ``iid`` and ``dirichlet`` deal every row. ``pathological``
     gives client k the class k modulo the number of classes and ``classes - 1`` others at
-    random; a class that nobody drew is not dealt. ``proportions`` gives each client the same
-    number of rows with the label shares written for it: the most for which every class suffices.
+    random; a class that nobody drew is not dealt. ``group_dirichlet`` gives client k rows of group
+    k modulo the number of groups, and deals each group's rows to its clients as ``dirichlet`` does.
+    ``proportions`` gives each client the same number of rows with the label shares written for it:
+    the most for which every class suffices.
 
     Raises:
         ConfigError: the task cannot be dealt so, or a client would have too few examples.
@@ -105,12 +92,14 @@ def partition(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]
     if clients.split == "group":
         parts = _by_group(task, clients)
     elif clients.split == "natural":
-        parts = _by_source(task, clients, seed)
+        parts = by_source(task, clients, seed)
+    elif clients.split == "group_dirichlet":
+        parts = within_groups(task, clients, seed)
     elif clients.split == "proportions":
         generator = seeds.numpy_generator(seed, "partition")
         parts = by_proportions(task.train.labels, task.label_names, clients, generator)
     else:
-        parts = _by_library(task, clients, seed)
+        parts = by_library(task, clients, seed)
     _check_sizes(parts, clients)
     return parts
 
@@ -189,102 +178,6 @@ def _by_group(task: Task, clients: ClientsConfig) -> tuple[Rows, ...]:
         allowed = f"{len(names)}, one per group of {task.name!r} ({', '.join(names)})"
         raise wrong("clients.number", clients.number, allowed)
     return tuple(numpy.flatnonzero(task.train.groups == k) for k in range(len(names)))
-
-
-def _by_source(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
-    sizes = Counter(task.train.natural)
-    large = sorted(name for name, size in sizes.items() if size >= clients.min_examples)
-    if clients.number > len(large):
-        allowed = (
-            f"at most {len(large)}, the natural sources of {task.name!r} with at least "
-            f"{clients.min_examples} training examples"
-        )
-        raise wrong("clients.number", clients.number, allowed)
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    generator = seeds.numpy_generator(seed, "partition")
-    chosen = numpy.sort(generator.choice(len(large), clients.number, replace=False))
-    kept = {large[source] for source in chosen}
-    rows = numpy.array([row for row, name in enumerate(task.train.natural) if name in kept])
-    return _deal(task, rows, NaturalIdPartitioner(partition_by="natural"))
-
-
-def _by_library(task: Task, clients: ClientsConfig, seed: int) -> tuple[Rows, ...]:
-    from flwr_datasets.partitioner import (
-        DirichletPartitioner,
-        IidPartitioner,
-        PathologicalPartitioner,
-    )
-
-    if clients.number > len(task.train):
-        allowed = f"at most {len(task.train)}, the training examples of {task.name!r}"
-        raise wrong("clients.number", clients.number, allowed)
-    present = len(numpy.unique(task.train.labels))
-    if clients.split == "pathological" and clients.classes > present:
-        allowed = f"at most {present}, the classes of {task.name!r}"
-        raise wrong("clients.classes", clients.classes, allowed)
-    narrow = seeds.derive(seed, "partition", "library") % 2**32
-    by_library: Partitioner
-    if clients.split == "iid":
-        by_library = IidPartitioner(num_partitions=clients.number)
-    elif clients.split == "dirichlet":
-        by_library = DirichletPartitioner(
-            num_partitions=clients.number,
-            partition_by="label",
-            alpha=clients.alpha,
-            min_partition_size=clients.min_examples,
-            seed=narrow,
-        )
-    else:
-        by_library = PathologicalPartitioner(
-            num_partitions=clients.number,
-            partition_by="label",
-            num_classes_per_partition=clients.classes,
-            class_assignment_mode="first-deterministic",
-            seed=narrow,
-        )
-    order = seeds.numpy_generator(seed, "partition").permutation(len(task.train))
-    try:
-        return _deal(task, order, by_library)
-    except ValueError as error:
-        raise _refused(clients, str(error)) from None
-
-
-def _deal(task: Task, rows: Rows, by_library: Partitioner) -> tuple[Rows, ...]:
-    """What flwr-datasets makes of the given rows."""
-    import datasets
-
-    by_library.dataset = datasets.Dataset.from_dict(
-        {
-            "row": rows,
-            "label": task.train.labels[rows],
-            "group": task.train.groups[rows],
-            "natural": [task.train.natural[row] for row in rows],
-        }
-    )
-    with _quiet():
-        parts = [by_library.load_partition(k)["row"] for k in range(by_library.num_partitions)]
-    return tuple(numpy.sort(numpy.asarray(part, dtype=numpy.int64)) for part in parts)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bar and its warning at each new try."""
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _refused(clients: ClientsConfig, reason: str) -> ConfigError:
-    """The library's refusal in our words."""
-    if clients.split == "dirichlet":
-        return ConfigError(
-            f"clients.alpha: with alpha {clients.alpha}, 11 draws left one of {clients.number} "
-            f"clients with fewer than {clients.min_examples} examples each time; raise "
-            "clients.alpha, or lower clients.number or clients.min_examples"
-        )
-    first = reason.split(". ")[0]
-    return ConfigError(f"clients: the {clients.split} split is not possible: {first}")
 
 
 def _counted(codes: Rows, names: tuple[str, ...]) -> dict[str, int]:

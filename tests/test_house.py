@@ -61,8 +61,8 @@ DOORS = {
         "clients/pruned_rank.py",
         "simulations/",
     ),
-    "flwr_datasets": ("fedlora/partition.py",),
-    "datasets": ("fedlora/partition.py", "fedlora/tasks/hub.py"),
+    "flwr_datasets": ("fedlora/partitioners.py",),
+    "datasets": ("fedlora/partitioners.py", "fedlora/tasks/hub.py"),
     "pyarrow": ("fedlora/tasks/tables.py",),
     "PIL": ("fedlora/tasks/pictures.py", "fedlora/digit_images.py"),
     "matplotlib": (

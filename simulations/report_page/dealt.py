@@ -78,7 +78,7 @@ def _words(run: Run) -> str:
     """A dealing in words."""
     clients = run.config.get("clients", {})
     split = clients.get("split", "group")
-    more = {"dirichlet": "alpha", "pathological": "classes"}.get(split)
+    more = {"dirichlet": "alpha", "group_dirichlet": "alpha", "pathological": "classes"}.get(split)
     details = f" ({more} {clients[more]:g})" if more in clients else ""
     task = run.config.get("task", {}).get("name", "?")
     return f"{task}, {clients.get('number', '?')} clients, {split}{details}, seed {run.seed}"

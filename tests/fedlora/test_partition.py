@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy
 import pytest
 
-from fedlora.config import ClientsConfig
+from fedlora import fetch
+from fedlora.config import ClientsConfig, TaskConfig
 from fedlora.errors import ConfigError
 from fedlora.partition import SkewRow, hold_back, partition, skew
+from fedlora.tasks import load_task
 from fedlora.tasks.task import Examples, Task
 
 CLASSES = 4
@@ -48,6 +50,7 @@ SPLITS = [
     ClientsConfig(split="iid", number=7),
     ClientsConfig(split="dirichlet", number=7, alpha=0.5),
     ClientsConfig(split="pathological", number=7, classes=2),
+    ClientsConfig(split="group_dirichlet", number=7, alpha=0.5),
 ]
 
 
@@ -120,6 +123,61 @@ def test_dirichlet_that_gives_up_says_what_to_change(
     assert capfd.readouterr() == ("", "")
 
 
+def test_each_groups_clients_share_its_rows_with_skewed_labels(task: Task) -> None:
+    """Seven clients of three groups: 0, 3, 6 of the first, 1 and 4, 2 and 5 of the others."""
+    clients = ClientsConfig(split="group_dirichlet", number=7, alpha=0.2)
+    parts = partition(task, clients, seed=1)
+    for client, part in enumerate(parts):
+        assert set(task.train.groups[part].tolist()) == {client % GROUPS}
+
+    def spread(alpha: float) -> float:
+        changed = clients.model_copy(update={"alpha": alpha})
+        rows = skew(task, partition(task, changed, seed=1))
+        return float(numpy.mean([max(row.labels.values()) / row.examples for row in rows]))
+
+    assert spread(0.2) > spread(100.0) + 0.1
+    whole = partition(task, clients.model_copy(update={"number": GROUPS}), seed=1)
+    assert all(map(numpy.array_equal, whole, partition(task, SPLITS[0], seed=1)))
+
+
+def test_a_groups_clients_do_not_depend_on_other_groups(task: Task) -> None:
+    clients = ClientsConfig(split="group_dirichlet", number=6, alpha=0.5)
+    parts = partition(task, clients, seed=2)
+    labels = numpy.where(task.train.groups == 1, 0, task.train.labels)
+    other = Examples(**{**vars(task.train), "labels": labels})
+    changed = partition(Task(**{**vars(task), "train": other}), clients, seed=2)
+    same = [numpy.array_equal(*pair) for pair in zip(parts, changed, strict=True)]
+    assert same == [client % GROUPS != 1 for client in range(6)]
+
+
+def test_groups_need_clients_and_rows(task: Task) -> None:
+    clients = ClientsConfig(split="group_dirichlet", number=2)
+    with pytest.raises(ConfigError) as caught:
+        partition(task, clients, seed=0)
+    assert str(caught.value) == (
+        "clients.number: found 2, allowed: at least 3, the groups of 'made_up' (red, green, blue)"
+    )
+    with pytest.raises(ConfigError, match=r"group 'red' of 'made_up' has \d+ .* for 600 clients"):
+        partition(task, clients.model_copy(update={"number": 1800}), seed=0)
+    greedy = {"number": 30, "alpha": 0.05, "min_examples": 15}
+    with pytest.raises(ConfigError, match=r"left one of 10 clients of group 'red' with fewer"):
+        partition(task, clients.model_copy(update=greedy), seed=0)
+
+
+@pytest.mark.parametrize("name", ["vader", "digits"])
+def test_thirty_clients_with_both_skews_on_real_data(name: str) -> None:
+    """As in LoRA-FAIR's second setting: Dirichlet 0.5 inside each domain."""
+    if not fetch.present(name):
+        pytest.skip(f"needs: fedlora fetch {name}")
+    task = load_task(TaskConfig(name=name))
+    parts = partition(task, ClientsConfig(split="group_dirichlet", number=30, min_examples=2), 0)
+    sizes = numpy.array([len(part) for part in parts])
+    assert sizes.sum() == len(task.train) and sizes.min() >= 2
+    largest = [max(row.labels.values()) / row.examples for row in skew(task, parts)]
+    classes = len(task.label_names)
+    assert numpy.mean(largest) > {2: 0.65}.get(classes, 2.5 / classes)
+
+
 def test_natural_split_prints_nothing(task: Task, capfd: pytest.CaptureFixture[str]) -> None:
     partition(task, ClientsConfig(split="natural", number=5), seed=0)
     assert capfd.readouterr() == ("", "")
@@ -183,6 +241,12 @@ def test_a_client_with_too_few_examples_is_named(task: Task) -> None:
 def test_more_clients_than_examples(task: Task) -> None:
     with pytest.raises(ConfigError, match=r"clients\.number: found 601, allowed: at most 600"):
         partition(task, ClientsConfig(split="iid", number=601), seed=0)
+
+
+def test_one_client_can_hold_everything(task: Task) -> None:
+    """As the centralised bound needs it."""
+    (part,) = partition(task, ClientsConfig(split="iid", number=1), seed=0)
+    assert numpy.array_equal(part, numpy.arange(600))
 
 
 def test_skew_counts_labels_and_groups(task: Task) -> None:

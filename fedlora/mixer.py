@@ -1,4 +1,4 @@
-"""A small MLP-Mixer for 28x28 grey pictures, with committed pretrained weights.
+"""A small MLP-Mixer for 28x28 pictures, grey or in colour, with committed pretrained weights.
 
 Tolstikhin et al., "MLP-Mixer: An all-MLP Architecture for Vision", NeurIPS 2021. About 82
 thousand parameters: a toy beside the paper's smallest, with the same blocks.
@@ -43,9 +43,9 @@ class MixerBlock(nn.Module):
         self.c2 = nn.Linear(channel_hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, patches, dim]`` to the same shape."""
-        tokens = self.token_norm(x).transpose(1, 2)  # [N, dim, patches]
-        x = x + self.t2(functional.gelu(self.t1(tokens))).transpose(1, 2)
+        """``[..., patches, dim]`` to the same shape."""
+        tokens = self.token_norm(x).transpose(-1, -2)  # [..., dim, patches]
+        x = x + self.t2(functional.gelu(self.t1(tokens))).transpose(-1, -2)
         mixed: Tensor = x + self.c2(functional.gelu(self.c1(self.channel_norm(x))))
         return mixed
 
@@ -61,6 +61,9 @@ class Mixer(nn.Module):
         depth: blocks.
         token_hidden: width inside the token-mixing MLP.
         channel_hidden: width inside the channel-mixing MLP.
+        channels: of a picture. The same body looks at each of them as at a grey picture, and the
+            head sees what it found in all: a frozen embedding of three channels, made by copying
+            that of one, would see their mean alone. It costs ``channels`` times as much.
     """
 
     def __init__(
@@ -72,30 +75,49 @@ class Mixer(nn.Module):
         depth: int = 4,
         token_hidden: int = 32,
         channel_hidden: int = 128,
+        channels: int = 1,
     ) -> None:
         super().__init__()
+        self.channels = channels
         patches = (image_size // patch) ** 2
         self.embed = nn.Conv2d(1, dim, kernel_size=patch, stride=patch)
         self.blocks = nn.Sequential(
             *(MixerBlock(patches, dim, token_hidden, channel_hidden) for _ in range(depth))
         )
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, classes)
+        self.head = nn.Linear(channels * dim, classes)
 
     def forward(self, pixel_values: Tensor) -> MixerOutput:
-        """Logits of ``[N, 1, image_size, image_size]`` pictures with values in [0, 1]."""
+        """Logits of ``[N, channels, image_size, image_size]`` pictures with values in [0, 1]."""
         pixels = (2 * pixel_values - 1).to(self.embed.weight.dtype)
-        x = self.embed(pixels).flatten(2).transpose(1, 2)  # [N, patches, dim]
-        x = self.norm(self.blocks(x)).mean(dim=1)  # [N, dim]
-        return MixerOutput(logits=self.head(x))
+        x = self._embedded(pixels).flatten(-2).transpose(-1, -2)  # [N, (channels,) patches, dim]
+        x = self.norm(self.blocks(x)).mean(dim=-2)  # [N, (channels,) dim]
+        return MixerOutput(logits=self.head(x.flatten(1)))
+
+    def _embedded(self, pixels: Tensor) -> Tensor:
+        """``[N, (channels,) dim, rows, columns]`` of patches, of each channel by itself."""
+        if self.channels == 1:
+            found: Tensor = self.embed(pixels)
+            return found
+        weight, bias = self.embed.weight.repeat(self.channels, 1, 1, 1), self.embed.bias
+        assert bias is not None
+        every = functional.conv2d(
+            pixels,
+            weight,
+            bias.repeat(self.channels),
+            stride=self.embed.stride,
+            groups=self.channels,
+        )  # [N, channels * dim, rows, columns]
+        parts: Tensor = every.unflatten(1, (self.channels, -1))
+        return parts
 
 
-def pretrained(classes: int) -> Mixer:
+def pretrained(classes: int, channels: int = 1) -> Mixer:
     """A mixer with the committed weights and a new head, drawn from torch's ambient generator.
 
     The weights come from Fashion-MNIST by ``python -m fedlora.pretrain_mixer``.
     """
-    model = Mixer(classes)
+    model = Mixer(classes, channels=channels)
     text = resources.files("fedlora").joinpath(WEIGHTS).read_text(encoding="ascii")
     weights = load(base64.b64decode(json.loads(text)["safetensors"]))
     rest = model.load_state_dict(weights, strict=False)

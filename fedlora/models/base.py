@@ -168,20 +168,29 @@ def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> TextInp
     return TextInputs(tokens, tokenizer.pad_token_id, [len(ids) for ids in tokens])
 
 
-def encode_images(examples: Examples, model: str, pixels: Pixels | None = None) -> ImageInputs:
+def encode_images(
+    examples: Examples,
+    model: str,
+    shape: tuple[int, ...] | None = None,
+    pixels: Pixels | None = None,
+) -> ImageInputs:
     """Images as a tensor, for the model of that name.
 
+    ``shape`` is that of the images it reads, of ``pixels`` if they are given; None is any.
+
     Raises:
-        ConfigError: the task has no images, or none of the shape that ``pixels`` says.
+        ConfigError: the task has no images, or others.
     """
     if examples.images is None:
         raise ConfigError(f"model.name: {model!r} reads images, and the task has texts")
-    if pixels is not None and examples.images.shape[1:] != pixels.shape:
-        found, allowed = (
-            " x ".join(map(str, s)) for s in (examples.images.shape[1:], pixels.shape)
-        )
+    read, seen = pixels.shape if pixels else shape, examples.images.shape[1:]
+    if read is not None and seen != read:
+        allowed, found = (" x ".join(map(str, each)) for each in (read, seen))
+        options = "the task's options size and grey"
+        if model == "mixer" and seen[1:] == read[1:]:
+            options += ", or model.options.channels"
         raise ConfigError(
-            f"model.name: {model!r} reads images of {allowed}, and the task has {found}; "
-            "see the task's options size and grey"
+            f"model.name: {model!r} reads images of {allowed} (channels, height, width), and the "
+            f"task's are {found}; see {options}"
         )
     return ImageInputs(torch.from_numpy(examples.images), [1] * len(examples), pixels)

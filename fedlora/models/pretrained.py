@@ -65,11 +65,17 @@ def smollm2(
     return from_folder(str(folder), label_count, objective, max_length, **changes)
 
 
-def mixer(label_count: int, objective: Objective, max_length: int) -> BaseModel:
-    """MLP-Mixer: 82 k parameters for 28x28 images, pretrained on Fashion-MNIST."""
+def mixer(
+    label_count: int, objective: Objective, max_length: int, channels: Count = 1
+) -> BaseModel:
+    """MLP-Mixer: 82 k parameters for 28x28 images, pretrained on Fashion-MNIST, which is grey.
+
+    With ``channels = 3`` the same body looks at red, green and blue one by one.
+    """
     with ambient(0, "mixer"):
-        module = pretrained(label_count)
-    return BaseModel(module, "classify", ("head",), None, partial(encode_images, model="mixer"))
+        module = pretrained(label_count, channels)
+    encode = partial(encode_images, model="mixer", shape=(channels, 28, 28))
+    return BaseModel(module, "classify", ("head",), None, encode)
 
 
 def packaged(name: str) -> str | None:

@@ -101,5 +101,5 @@ def tiny_vit(label_count: int, objective: Objective, max_length: int) -> BaseMod
     )
     with ambient(0, "tiny_vit"):
         module = ViTForImageClassification(config)
-    encode = partial(encode_images, model="tiny_vit")
+    encode = partial(encode_images, model="tiny_vit", shape=(1, 28, 28))
     return BaseModel(module, "classify", ("classifier",), None, encode)

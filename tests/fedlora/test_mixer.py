@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedlora import fetch, mixer, pretrain_mixer, seeds
 
@@ -20,6 +21,17 @@ def test_logits_have_one_row_per_picture() -> None:
     model = mixer.Mixer(classes=7)
     assert model(pictures(3)).logits.shape == (3, 7)
     assert sum(weights.numel() for weights in mixer.Mixer(10).parameters()) == 82_062
+
+
+def test_one_body_looks_at_each_channel_and_the_head_sees_all() -> None:
+    with seeds.ambient(0, "head"):
+        grey, colour = mixer.pretrained(5), mixer.pretrained(5, channels=3)
+    images = torch.cat([pictures(6)[start : start + 2] for start in (0, 2, 4)], dim=1)
+    grey.head, head, colour.head = nn.Identity(), colour.head, nn.Identity()
+    seen = [grey(images[:, [channel]]).logits for channel in range(3)]
+    assert head.in_features == 3 * 64
+    torch.testing.assert_close(colour(images).logits, torch.cat(seen, dim=1))
+    assert mixer.body_weights(colour).keys() == mixer.body_weights(grey).keys()
 
 
 def test_a_block_mixes_tokens_and_channels_with_skips() -> None:

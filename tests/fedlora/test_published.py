@@ -117,7 +117,8 @@ def test_a_folder_with_a_model_of_images(vit: Path) -> None:
     joined = ImageInputs.together([(inputs, [2]), (inputs, [0])])
     assert torch.equal(joined["pixel_values"], batch["pixel_values"])
     assert base.module(**batch).logits.shape == (2, 5)
-    with pytest.raises(ConfigError, match=r"reads images of 3 x 8 x 8, and the task has 1 x 9 x 9"):
+    wrong = r"reads images of 3 x 8 x 8 \(channels, height, width\), and the task's are 1 x 9 x 9"
+    with pytest.raises(ConfigError, match=wrong):
         base.encode(pictures(1, 9, 9))
     with pytest.raises(ConfigError, match=r"cannot load"):
         load_model(ModelConfig(name=str(vit)), 0, "language")

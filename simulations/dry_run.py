@@ -20,7 +20,8 @@ from fedlora.calibration import ClientPlan
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, MissingDataError
 from fedlora.models import load_model, model_without_weights
-from fedlora.partition import Rows, deal, hold_back, partition
+from fedlora.partition import deal, hold_back, partition
+from fedlora.partitioners import Rows
 from fedlora.tasks.declared import Declared, declared
 from fedlora.tasks.task import Task
 from fedlora.wire import Layout

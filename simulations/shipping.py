@@ -13,7 +13,7 @@ from fedlora.config import ClientConfig
 from fedlora.disk import writing
 from fedlora.fetch import MINILM_PACKAGE, data_folder, find
 
-FILES = ("vader", "digits", "shakespeare")  # tasks whose data is a file in the data folder
+FILES = ("vader", "digits", "emoji", "shakespeare")  # tasks whose data is a file in the data folder
 PACKAGES = "packages"  # under the data folder: those that carry models
 
 

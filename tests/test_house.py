@@ -64,7 +64,8 @@ DOORS = {
     "flwr_datasets": ("fedlora/partitioners.py",),
     "datasets": ("fedlora/partitioners.py", "fedlora/tasks/hub.py"),
     "pyarrow": ("fedlora/tasks/tables.py",),
-    "PIL": ("fedlora/tasks/pictures.py", "fedlora/digit_images.py"),
+    "PIL": ("fedlora/tasks/pictures.py", "fedlora/digit_images.py", "fedlora/emoji_images.py"),
+    "resvg_py": ("fedlora/emoji_images.py",),
     "matplotlib": (
         "simulations/figures.py",
         "simulations/bench_figure.py",

@@ -27,7 +27,8 @@ def dequantise(weights: Path, folder: Path) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         module = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    module.hf_quantizer = None  # it refuses to save what is quantised, which this no longer is
+    # It refuses to save what is quantised, which this no longer is.
+    vars(module)["hf_quantizer"] = None
     del module.config.quantization_config
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from fedlora.config import TaskConfig
 from fedlora.errors import ConfigError, choose
 from fedlora.options import checked_options
-from fedlora.tasks import digits, fashion, hub, local, shakespeare, tweets, vader
+from fedlora.tasks import digits, emoji, fashion, hub, local, shakespeare, tweets, vader
 from fedlora.tasks.split import some_of_each_group
 from fedlora.tasks.task import Task
 
@@ -18,6 +18,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "tweets": tweets.tweets,
     "tweets_lm": tweets.tweets_lm,
     "digits": digits.digits,
+    "emoji": emoji.emoji,
     "fashion": fashion.fashion,
     "shakespeare": shakespeare.shakespeare,
     "hub": hub.hub,

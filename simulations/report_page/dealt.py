@@ -11,8 +11,8 @@ from fedlora.errors import ConfigError, FedloraError
 from simulations.run_folders import Run
 
 # A page of somebody else's runs must not make us read a folder or a hub that they name.
-TASKS = ("tweets", "tweets_lm", "vader", "digits", "fashion", "shakespeare")
-DEALING = ("number", "split", "alpha", "classes", "min_examples")
+TASKS = ("tweets", "tweets_lm", "vader", "digits", "emoji", "fashion", "shakespeare")
+DEALING = ("number", "split", "alpha", "classes", "proportions", "min_examples")
 MOST = 4  # dealings that are shown
 Chart = dict[str, Any]  # Any: JSON values of several kinds
 

@@ -164,7 +164,7 @@ def test_groups_need_clients_and_rows(task: Task) -> None:
         partition(task, clients.model_copy(update=greedy), seed=0)
 
 
-@pytest.mark.parametrize("name", ["vader", "digits"])
+@pytest.mark.parametrize("name", ["vader", "digits", "emoji"])
 def test_thirty_clients_with_both_skews_on_real_data(name: str) -> None:
     """As in LoRA-FAIR's second setting: Dirichlet 0.5 inside each domain."""
     if not fetch.present(name):

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from fedlora.config import ClientConfig
 from fedlora.errors import ConfigError, DataError
-from fedlora.partition import check_split, hold_back, hold_back_of, partition
+from fedlora.partition import by_own_groups, check_split, hold_back, hold_back_of, partition
 from fedlora.tasks import load_own
-from fedlora.tasks.task import AtClients, Task
+from fedlora.tasks.task import AtClients, Examples, Task
 
 KEPT = 256  # clients whose rows stay in memory
 Parts = tuple[NDArray[numpy.int64], NDArray[numpy.int64]]
@@ -130,3 +130,24 @@ def holdings(
     if not measures.personal:
         return None, dealt, ()
     return None, *hold_back(dealt, measures.holdout, config.seed)
+
+
+def measured_rows(
+    config: ClientConfig,
+    task: Task,
+    held_out: Examples,
+    parts: Sequence[NDArray[numpy.int64]],
+    client: int,
+    share: tuple[int, int],
+) -> NDArray[numpy.int64]:
+    """Which of the held-out rows a client measures; see ``EvaluateConfig``.
+
+    All where they are the client's own; else the one of so many equal ``share``s, or its share of
+    the rows of its groups. ``parts`` are all clients' training rows.
+    """
+    if config.clients.split == "own":
+        return numpy.arange(len(held_out))
+    if config.evaluate.rows == "share":
+        return numpy.arange(share[0], len(held_out), share[1])
+    able = parts[: config.clients.training]
+    return by_own_groups(client, held_out.groups, task.train.groups, able)

@@ -17,7 +17,7 @@ from clients.encoded import Encoded
 from clients.frozen import FrozenBase
 from clients.local import Measured, Rows, evaluate, train
 from clients.own_rank import OwnRank
-from clients.own_rows import holdings
+from clients.own_rows import holdings, measured_rows
 from clients.pruned_rank import Pruning
 from clients.pruning import Tail
 from fedlora import wire
@@ -210,13 +210,13 @@ class Resident:
     ) -> dict[str, Measured]:
         """Measure what was loaded on every ``shards``-th held-out row, by group; none is empty.
 
-        Where clients have rows of their own, on all those that ``client`` holds out.
+        Where clients have rows of their own, on all those that ``client`` holds out; or on its
+        share of its groups' rows, see ``EvaluateConfig``.
         """
-        task, (first, step) = self.task_of(client), (shard, shards) if self.own is None else (0, 1)
+        task, whose = self.task_of(client), 0 if self.own is None else client
         measured = self._measured(task)
-        whose = 0 if self.own is None else client
         rows = self._held_out.rows(whose, task, lambda: self._encode(measured))
-        order = numpy.arange(first, len(measured), step)
+        order = measured_rows(self.config, task, measured, self.parts, client, (shard, shards))
         groups, objective = measured.groups[order], task.objective
         found = evaluate(self.model.module, rows, order, groups, objective, config)
         return {task.group_names[group]: seen for group, seen in found.items()}

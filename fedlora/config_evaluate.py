@@ -1,8 +1,8 @@
-"""What is measured on the clients' own rows."""
+"""What clients measure."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -10,10 +10,15 @@ from fedlora.options import CountOrZero, Part
 
 
 class EvaluateConfig(Part):
-    """What clients measure on rows of their own, beside the task's held-out part.
+    """What clients measure of the task's held-out part, and on rows of their own beside it.
 
     Attributes:
-        personal: whether they do. A share of each client's rows is then held back from training.
+        rows: which of the held-out rows a client measures: an equal ``share`` of all, or a share
+            of those of the groups that it trains on (``own_groups``), which it divides with the
+            other clients of a group. Where clients keep something, that is how good each is on its
+            own groups; else it is the same. What is of no client's groups is not measured then.
+        personal: whether they measure rows of their own. A share of each client's rows is then
+            held back from training.
         holdout: that share, drawn from the seed: one row at least, and never all.
         fine_tune_steps: local steps from the global adapter, after which a client measures what is
             personal; they are thrown away. Where the rule keeps something with its clients, that is
@@ -22,6 +27,7 @@ class EvaluateConfig(Part):
             which is measured always.
     """
 
+    rows: Literal["share", "own_groups"] = "share"
     personal: bool = False
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
     fine_tune_steps: CountOrZero = 10

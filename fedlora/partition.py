@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -140,6 +141,23 @@ def hold_back_of(client: int, rows: Rows, share: float, seed: int) -> tuple[Rows
     count = min(len(rows) - 1, max(1, round(share * len(rows))))
     order = seeds.numpy_generator(seed, "client", client, "hold back").permutation(rows)
     return numpy.sort(order[count:]), numpy.sort(order[:count])
+
+
+def by_own_groups(client: int, held_out: Rows, trained: Rows, parts: Sequence[Rows]) -> Rows:
+    """The held-out rows that a client measures if each measures the groups it trains on, sorted.
+
+    Args:
+        client: whose.
+        held_out: ``[M]`` the groups of the held-out rows.
+        trained: ``[N]`` those of the training rows.
+        parts: which of these each client holds that measures; those that train on a group take
+            turns with its rows.
+    """
+    own = []
+    for group in numpy.unique(trained[parts[client]]):
+        sharing = [k for k, rows in enumerate(parts) if (trained[rows] == group).any()]
+        own.append(numpy.flatnonzero(held_out == group)[sharing.index(client) :: len(sharing)])
+    return numpy.sort(numpy.concatenate(own))
 
 
 def skew(task: Task, parts: tuple[Rows, ...]) -> list[SkewRow]:

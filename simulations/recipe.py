@@ -215,6 +215,9 @@ def _check_own_rows(config: RunConfig) -> None:
     if clients.newcomers and not config.evaluate.personal:
         allowed = "0 without evaluate.personal = true, which measures them"
         raise wrong("clients.newcomers", clients.newcomers, allowed)
+    if config.evaluate.rows == "own_groups" and clients.split == "own":
+        allowed = "'share' with clients.split = 'own', where a client measures its own rows"
+        raise wrong("evaluate.rows", "own_groups", allowed)
     if config.evaluate.personal and unit != "none":
         allowed = f'false with privacy.unit = "{unit}": it tells of private rows, without noise'
         raise wrong("evaluate.personal", True, allowed)

@@ -224,8 +224,8 @@ def strategy_for(
 
 
 def evaluating(config: RunConfig) -> int:
-    """How many clients measure the held-out rows: all where they are the clients' own."""
-    own = config.clients.split == "own"
+    """How many clients measure the held-out rows: all where these are theirs, or their groups'."""
+    own = config.clients.split == "own" or config.evaluate.rows == "own_groups"
     return config.clients.training if own else min(config.clients.training, EVALUATORS)
 
 

@@ -1,13 +1,13 @@
-"""FedSA-LoRA: share A, keep B."""
+"""FedSA-LoRA: share A, keep B; or share nothing, as a bound."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedlora.lowrank import Adapter, LoraPair, weighted_mean
-from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
+from fedlora.rounds import PIECES, ClientUpdate, GlobalState, LocalPlan, shares
 from strategies.base import LoraStrategy
 from strategies.rank_policy import RankPolicy
 from strategies.traits import Traits
@@ -29,7 +29,13 @@ class FedSaLora(LoraStrategy):
     adapter on its share of the held-out examples.
 
     Clients must keep state between rounds, as ours do. A reply with B or a head in it is refused.
+
+    Attributes:
+        share: ``none`` is local training alone, what a federation must beat: each client goes on
+            from all that it trained, nothing travels, and the server's adapter is the first draw.
     """
+
+    share: Literal["A", "none"] = "A"
 
     traits: ClassVar[Traits] = Traits(exact="personal", up=("r * d_in",), down=("r * d_in",))
     mixed_ranks: ClassVar[RankPolicy] = RankPolicy(
@@ -39,11 +45,15 @@ class FedSaLora(LoraStrategy):
     averages: ClassVar[bool] = True
 
     def plan(self, server_round: int) -> LocalPlan:
-        """Both factors train; A travels."""
+        """Both factors train; A travels, if anything does."""
+        if self.share == "none":
+            return LocalPlan(send=(), personal=PIECES)
         return LocalPlan(send=("A",), personal=("B", "heads"))
 
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
-        """The mean of A by examples; all else is as at first."""
+        """The mean of A by examples, if it is shared; all else is as at first."""
+        if self.share == "none":
+            return GlobalState(state.adapter, state.round + 1)
         weights = shares(updates)
         pairs = {
             name: LoraPair(

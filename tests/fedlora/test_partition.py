@@ -8,7 +8,7 @@ import pytest
 from fedlora import fetch
 from fedlora.config import ClientsConfig, TaskConfig
 from fedlora.errors import ConfigError
-from fedlora.partition import SkewRow, hold_back, partition, skew
+from fedlora.partition import SkewRow, by_own_groups, hold_back, partition, skew
 from fedlora.tasks import load_task
 from fedlora.tasks.task import Examples, Task
 
@@ -247,6 +247,27 @@ def test_one_client_can_hold_everything(task: Task) -> None:
     """As the centralised bound needs it."""
     (part,) = partition(task, ClientsConfig(split="iid", number=1), seed=0)
     assert numpy.array_equal(part, numpy.arange(600))
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [*SPLITS, ClientsConfig(split="group_dirichlet", number=5)],
+    ids=lambda clients: f"{clients.split} {clients.number}",
+)
+def test_clients_divide_the_held_out_rows_of_their_groups(
+    task: Task, clients: ClientsConfig
+) -> None:
+    """Each row is measured by one client, which trains on its group, and the load is even."""
+    parts, trained, held = partition(task, clients, seed=3), task.train.groups, task.test.groups
+    found = [by_own_groups(k, held, trained, parts) for k in range(clients.number)]
+    assert numpy.array_equal(numpy.sort(numpy.concatenate(found)), numpy.arange(len(held)))
+    for rows, part in zip(found, parts, strict=True):
+        assert set(held[rows].tolist()) <= set(trained[part].tolist())
+        assert (numpy.diff(rows) > 0).all()
+    for group in range(GROUPS):
+        taken = [int((held[rows] == group).sum()) for rows in found]
+        able = [n for n, part in zip(taken, parts, strict=True) if (trained[part] == group).any()]
+        assert max(able) - min(able) <= 1
 
 
 def test_skew_counts_labels_and_groups(task: Task) -> None:

@@ -202,6 +202,10 @@ CASES = {
         ],
         ["evaluate.personal", "found True", 'privacy.unit = "client"', "without noise"],
     ),
+    "groups of rows that are the clients' own": (
+        ["--set", "clients.split=own", "--set", "evaluate.rows=own_groups"],
+        ["evaluate.rows", "found 'own_groups'", "'share'", "clients.split = 'own'"],
+    ),
     "all rows held back": (["--set", "evaluate.holdout=1"], ["evaluate.holdout", "less than 1"]),
     "unknown backend": (["--backend", "rey"], ["launch.backend", "'rey'", "'ray'"]),
     "sums of a rule that has none": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from fedlora.errors import ConfigError
 from fedlora.lowrank import Adapter, LoraPair
@@ -83,6 +83,26 @@ def test_two_rounds_on_the_wire() -> None:
     end = layout_of(START).unpack(done.arrays)
     for name, pair in end.pairs.items():  # each round adds (1 * 1 + 3 * 2) / 4
         torch.testing.assert_close(pair.A, START.pairs[name].A + 2 * 7 / 4)
+
+
+def test_local_training_alone_shares_nothing() -> None:
+    """Nothing travels, the server's adapter stays, and a reply with anything in it is refused."""
+    asked = []
+
+    def script(node: int, message: Message) -> Answer:
+        ask, arrays = message.content["config"], message.content["arrays"]
+        asked.append((ask["train"], ask["kept"], ask["personal"], list(arrays)))
+        strays = record_of(Adapter(START.pairs), "A") if node == 2 else ArrayRecord()
+        return reply(strays, node + 1)
+
+    done = play(build(FedSaLora, share="none"), START, script, clients=3, rounds=2)
+    assert asked == [("AB", "", ["A", "B", "heads"], [])] * 6
+    for record in done.records[1:]:
+        assert record.merged and (record.bytes_up, record.bytes_down) == (OF_A, 0)
+        assert record.clients == (0, 1)
+        assert record.aggregation_error is None
+    assert done.reasons == {2: f"array {key('query', 'A')!r} was sent, and stays with its client"}
+    assert bits(done.arrays) == bits(record_of(START))
 
 
 @pytest.mark.parametrize("stray", [key("query", "B"), next(iter(VECTORS))])

@@ -6,6 +6,7 @@ import io
 import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,13 +23,13 @@ def dequantise(weights: Path, folder: Path) -> None:
         OSError, safetensors.SafetensorError: the folder cannot be written.
     """
     quiet()
-    where = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+    place, name = str(weights.parent), weights.name
+    kind: Any = transformers.AutoModelForCausalLM  # Any: what it makes has attributes of its own
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its bar cannot be turned off
         warnings.simplefilter("ignore", FutureWarning)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-        module = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # It refuses to save what is quantised, which this no longer is.
-    vars(module)["hf_quantizer"] = None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
+        module = kind.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+    module.hf_quantizer = None  # it refuses to save what is quantised, which this no longer is
     del module.config.quantization_config
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -35,7 +35,9 @@ First I say this,
 and this, after a blank line. [Aside] And this {softly].
   And this, set in.
 
-[Thunder.]
+[Thunder [far off],
+then nearer,
+then here.]
 
 And this after a noise.
 

@@ -33,6 +33,8 @@ def run(
     **launching: Any,  # Any: see overrides
 ) -> None:
     """One run: its row, and the folder it lies in; or what it would take."""
+    if dry_run:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # before its library is there: it downloads nothing
     from simulations import launch, resuming
     from simulations.recipe import load
     from simulations.run_folders import read_run
@@ -197,7 +199,6 @@ def _alone(option: str, others: Mapping[str, object]) -> None:
 
 def _show_dry_run(config: RunConfig, as_json: bool) -> None:
     """Print what the run would take; ``out`` and ``profile`` do not matter then."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before its library is there: it downloads nothing
     from simulations.dry_run import dry_run
     from simulations.dry_run_table import table
 

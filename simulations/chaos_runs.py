@@ -43,13 +43,13 @@ def argv(changes: tuple[str, ...], folder: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of a finished run, times and what trackers were told aside."""
+    """The sha256 of every file of finished runs; times, and what trackers were told, aside."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name, data = str(path.relative_to(folder)), path.read_bytes() if path.is_file() else b""
         if path.name == "environment.json":  # when, and by which command
             continue
-        if path.is_relative_to(folder / TRACK):
+        if TRACK in path.relative_to(folder).parts:
             continue
         if path.name == "rounds.jsonl":
             records = [json.loads(line) for line in data.splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -319,7 +320,7 @@ def test_commands_know_rows_of_clients_own(
 ) -> None:
     sets = [word for override in tiny_as_files(tmp_path) for word in ("--set", override)]
     assert main(["list", "tasks"]) == 0
-    assert "local      Each client's own rows" in capsys.readouterr().out
+    assert re.search("^local +Each client's own rows", capsys.readouterr().out, re.MULTILINE)
     assert main(["list", "tasks", "--partition", "tiny", "--json", *sets]) == 0
     dealt = json.loads(capsys.readouterr().out)
     assert main(["list", "tasks", "--partition", "tiny", "--json"]) == 0

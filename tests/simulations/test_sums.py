@@ -87,7 +87,9 @@ class Done:
     def told(self, number: int = 1) -> dict[str, Any]:
         """A round's record but for what differs by design."""
         record = self.records[number].as_json()
-        return {k: v for k, v in record.items() if k not in ("seconds", "aggregation_error")}
+        return {
+            k: v for k, v in record.items() if not k.startswith(("seconds", "aggregation_error"))
+        }
 
 
 def run(

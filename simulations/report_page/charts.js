@@ -51,7 +51,12 @@ const shown = (line) => (line.row === null ? visible.rules.has(line.rule) : visi
 function across(svg, x, bottom, label, middle, top) {
   for (const [value, text] of x.ticks) {
     if (top !== undefined) draw(svg, "path", { d: `M${x.at(value)} ${top}V${bottom}`, class: "rule" });
+    if (x.exact != null && x.at(value) - x.at(x.exact) < 40) continue; // its place is taken
     draw(svg, "text", { x: x.at(value), y: bottom + 18, "text-anchor": "middle" }, text);
+  }
+  if (x.exact != null) {
+    if (top !== undefined) draw(svg, "path", { d: `M${x.at(x.exact)} ${top}V${bottom}`, class: "rule exact" });
+    draw(svg, "text", { x: x.at(x.exact), y: bottom + 18, "text-anchor": "middle" }, "exact");
   }
   draw(svg, "text", { x: middle, y: bottom + 38, "text-anchor": "middle" }, label);
 }

@@ -128,10 +128,23 @@ def _by_layer(found: Comparison) -> Chart:
         "id": "layers",
         "kind": "dots",
         "title": "Aggregation error by layer, last round",
+        "note": "Layers by those parts of their names in which they differ.",
         "x": {"label": "aggregation error, log scale", **_log(lines)},
-        "categories": names,
+        "categories": short_names(names),
         "lines": lines,
     }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Dotted names of one length without the parts that all have in common; others as they are.
+
+    A name keeps its last part if it has nothing else to tell.
+    """
+    parts = [name.split(".") for name in names]
+    if len({len(one) for one in parts}) != 1:
+        return [*names]
+    differ = [place for place, found in enumerate(zip(*parts, strict=True)) if len(set(found)) > 1]
+    return [".".join(one[place] for place in differ) or one[-1] for one in parts]
 
 
 def _groups(found: Comparison, language: bool) -> Chart:

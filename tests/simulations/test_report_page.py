@@ -14,7 +14,7 @@ import pytest
 from simulations.cli import main
 from simulations.report import rows
 from simulations.report_page import dealt
-from simulations.report_page.charts import BY_LAYER
+from simulations.report_page.charts import BY_LAYER, short_names
 from simulations.report_page.comparison import compared
 from simulations.report_page.page import page
 from simulations.run_folders import collect
@@ -187,6 +187,14 @@ def test_errors_by_layer_have_a_place_where_records_tell_them(runs: Path, text: 
         run.last[BY_LAYER] = {"query": 0.25, "value": 0.0}
     layers = chart(page(found), "layers")
     assert layers["categories"] == ["query", "value"]
+    assert short_names([f"encoder.{n}.self.{one}" for n in (0, 1) for one in ("key", "value")]) == [
+        "0.key",
+        "0.value",
+        "1.key",
+        "1.value",
+    ]
+    assert short_names(["encoder.0.key"]) == ["key"]
+    assert short_names(["a.b", "a.b.c"]) == ["a.b", "a.b.c"]
     assert layers["lines"][0]["points"] == [[0, 0.25, 0.25, 0.25], [1, 0.0, 0.0, 0.0]]
 
 

@@ -39,6 +39,7 @@ def test_private_training_agrees_bit_for_bit_too(tmp_path: Path) -> None:
     assert compared(tmp_path, ["lora_fair"], "ray", 2, *private) == here
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_client_level_privacy_agrees_bit_for_bit_too(tmp_path: Path) -> None:
     private = ["privacy.unit=client", "privacy.noise_multiplier=1.0", "clients.fraction_train=0.7"]

@@ -89,6 +89,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("time", "at")} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_same_bits_on_ray_under_other_masks(tmp_path: Path) -> None:
     """Masks are other ones in each run, and cancel to the bit."""

@@ -72,8 +72,9 @@ def test_a_profiled_run_is_the_same_run(tmp_path: Path, case: str) -> None:
     assert "waiting" not in parts
 
 
+@pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "private packs"])
+@pytest.mark.parametrize("case", ["plain", "private packs"])
 def test_workers_account_for_all_their_time(tmp_path: Path, case: str) -> None:
     where = ("launch.backend=ray", "launch.workers=2")
     folder = run(tmp_path / "ray", *CASES[case], *where)

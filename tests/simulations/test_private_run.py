@@ -118,6 +118,16 @@ def test_the_gate_closes_before_the_target_and_a_resend_is_free(
 
 def test_the_noise_is_of_the_release(here: Resident) -> None:
     """Another message must not meet the same noise: the difference would bare the gradients."""
+
+    def drawn(client: int, number: int, release: str) -> list[float]:
+        _, noise = here.private_streams(client, number, here.config, release)
+        found: list[float] = torch.randn(8, generator=noise).tolist()
+        return found
+
+    first = drawn(0, 1, "one")
+    assert first == drawn(0, 1, "one")
+    others = [drawn(0, 1, "another"), drawn(1, 1, "one"), drawn(0, 2, "one")]
+    assert all(first != other for other in others)
     found = []
     for release in ("one", "one", "another"):
         here.load(here.first)

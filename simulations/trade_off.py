@@ -74,7 +74,7 @@ def trade_off(runs: Sequence[Run], path: Path) -> bool:
         )
         axes.set_title("Mean accuracy after the last round")
         axes.set_xlabel(axis_label(runs))
-        axes.legend(frameon=False, loc="lower right")
+        figure.legend(frameon=False, loc="outside right upper")
     return True
 
 

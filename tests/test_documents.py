@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import re
 import shlex
 import sys
@@ -116,6 +117,33 @@ def test_long_sweeps_would_run(
     for arguments in found:
         assert main([*arguments, "--dry-run"]) == 0, capsys.readouterr().err
     assert found
+
+
+def test_committed_sweeps_would_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those in `results/`, each of which a page there tells how to run."""
+    from simulations.cli import main
+
+    lines = [
+        line
+        for document in DOCUMENTS
+        for block in blocks(document, "sh")
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.startswith("fedlora sweep results/")
+    ]
+    files = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("results/**/*.toml")
+        if path.name in ("sweep.toml", "tuning.toml")
+    }
+    monkeypatch.chdir(tmp_path)
+    assert files and {shlex.split(line)[2] for line in lines} == files
+    for line in lines:
+        _, _, file, *options = shlex.split(line)
+        assert main(["sweep", str(ROOT / file), *options, "--dry-run", "--json"]) == 0, line
+        cells = json.loads(capsys.readouterr().out)["cells"]
+        assert {cell["state"] for cell in cells} == {"new"}, line
 
 
 def test_what_is_to_be_reproduced_is_kept() -> None:

@@ -55,6 +55,11 @@ class Adapter:
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def transposed(pair: LoraPair) -> LoraPair:
+    """The pair whose product is the transpose: ``A' = B^T``, ``B' = A^T``."""
+    return LoraPair(pair.B.T, pair.A.T, pair.scale)
+
+
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_k weights[k] * tensors[k]`` in float64, added in the given order."""
     total = torch.zeros(tensors[0].shape, dtype=torch.float64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
-from fedlora.lowrank import Adapter, LoraPair, mean_vectors, weighted_mean
+from fedlora.lowrank import Adapter, LoraPair, mean_vectors, transposed, weighted_mean
 from fedlora.options import Count, NonNegative, Positive
 from fedlora.ridge import corrected_mean
 from fedlora.rounds import ClientUpdate, GlobalState, LocalPlan, shares
@@ -40,9 +40,14 @@ class LoraFair(LoraStrategy):
     with a small ridge leaves most of the draw in B, because descent cannot see the part of it
     outside A's row space; hence zero is the default.
 
+    ``corrects="A"`` keeps the mean B and corrects A in the same way, through the transpose of
+    every product: dA = (B^T B + ridge I)^-1 B^T E. It is no part of the method, but an ablation
+    of it: which factor should carry the correction.
+
     Both ways travel r (d_in + d_out) numbers per layer and client, as for FedAvg.
 
     Attributes:
+        corrects: the factor that is corrected, ``B`` or ``A``; the other one is the mean.
         solver: ``closed_form`` or ``cosine_sgd``.
         ridge: weight of ||dB||^2; larger stays closer to FedAvg.
         steps, lr, init, cosine: of ``cosine_sgd`` alone; ``cosine`` is over the whole matrix
@@ -53,6 +58,7 @@ class LoraFair(LoraStrategy):
     mixed_ranks: ClassVar[RankPolicy] = RankPolicy(
         "pad", "it corrects towards the mean of the products, which padding keeps"
     )
+    corrects: Literal["B", "A"] = "B"
     solver: Literal["closed_form", "cosine_sgd"] = "closed_form"
     ridge: NonNegative = 0.01
     steps: Count = 1000
@@ -71,19 +77,23 @@ class LoraFair(LoraStrategy):
         return LocalPlan()
 
     def summed(self, server_round: int = 1) -> Sums | None:
-        """Two passes for the closed form; descent needs every product."""
-        return RidgeSums(self.ridge) if self.solver == "closed_form" else None
+        """Two passes for the closed form of B; descent needs every product."""
+        closed = self.solver == "closed_form" and self.corrects == "B"
+        return RidgeSums(self.ridge) if closed else None
 
     def merge(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
-        """The means, with B corrected layer by layer."""
+        """The means, with one factor corrected layer by layer."""
         adapters, weights = [update.adapter for update in updates], shares(updates)
         pairs = {}
         for name in adapters[0].pairs:
             uploads = [adapter.pairs[name] for adapter in adapters]
+            if self.corrects == "A":
+                uploads = [transposed(pair) for pair in uploads]
             if self.solver == "closed_form":
-                pairs[name] = corrected_mean(uploads, weights, self.ridge)
+                merged = corrected_mean(uploads, weights, self.ridge)
             else:
-                pairs[name] = self._descended(uploads, weights, state.round + 1, name)
+                merged = self._descended(uploads, weights, state.round + 1, name)
+            pairs[name] = transposed(merged) if self.corrects == "A" else merged
         return GlobalState(Adapter(pairs, mean_vectors(adapters, weights)), state.round + 1)
 
     def _descended(

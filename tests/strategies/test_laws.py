@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "ffa_lora, A drawn by clients": ("ffa_lora", {"send_frozen": False}),
     "lora_fair, no ridge": ("lora_fair", {"ridge": 0.0}),
+    "lora_fair, A corrected": ("lora_fair", {"corrects": "A"}),
     "lora_fair, flat cosine": ("lora_fair", SGD),
     "lora_fair, cosine of columns": ("lora_fair", {**SGD, "cosine": "columns"}),
     "flexlora, balanced": ("flexlora", {"split": "balanced"}),

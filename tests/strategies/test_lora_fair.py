@@ -87,6 +87,25 @@ def test_closed_form_is_the_dense_least_squares(
     torch.testing.assert_close(expected, normal_equations, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_a_corrected_is_the_dense_least_squares_of_the_transpose(
+    shape: tuple[int, int], ridge: float
+) -> None:
+    """min ||E - B dA||^2 + ridge ||dA||^2, rows written out; B stays the mean."""
+    pairs, counts = drifted(5, shape), COUNTS[5]
+    A, B, W = means(pairs, normal(counts))
+    rows = torch.cat([B, ridge**0.5 * EYE])
+    targets = torch.cat([W - B @ A, torch.zeros(3, A.shape[1], dtype=A.dtype)])
+    expected = torch.linalg.lstsq(rows, targets, driver="gelsd").solution
+    adapters = [Adapter({layer("query"): ab}) for ab in pairs]
+    rule = build(LoraFair, scales=None, ridge=ridge, corrects="A")
+    found = merged(rule, adapters, counts).pairs[layer("query")]
+    torch.testing.assert_close(found.A - A, expected, rtol=TIGHT, atol=1e-12)
+    torch.testing.assert_close(found.B, B, rtol=1e-15, atol=1e-15)
+    assert float((found.A - A).norm()) > 1e-6
+
+
 def stationary(dB: Tensor, pairs: Sequence[LoraPair], p: Sequence[float], ridge: float) -> float:
     """How far (W - B' A) A^T is from ridge dB, relative to E A^T."""
     A, B, W = means(pairs, p)

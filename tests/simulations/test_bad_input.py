@@ -26,6 +26,27 @@ CASES = {
     ),
     "unknown task option": (["--set", "task.options.label=x"], ["task.options", "'labels'"]),
     "unknown adapter option": (["--set", "adapter.options.alfa=1"], ["did you mean 'alpha'"]),
+    "layers that MiniLM lacks": (
+        ["--set", "model.name=minilm", "--set", "model.options.layers=7"],
+        ["model.options.layers", "found 7", "at most 6"],
+    ),
+    "clients' privacy where nothing is shared": (
+        [
+            "--method",
+            "fedsa_lora",
+            "--set",
+            "options.share=none",
+            "--set",
+            "privacy.unit=client",
+            "--set",
+            "privacy.epsilon=8.0",
+            "--set",
+            "privacy.delta=1e-3",
+            "--set",
+            "privacy.clip=1.0",
+        ],
+        ["privacy.unit", "found 'client'", "shares nothing"],
+    ),
     "a table that is in another": (
         ["--set", "ray.num_gpus=1"],
         ["unknown key in the recipe", "found 'ray'", "[launch]", "num_gpus", "placement"],

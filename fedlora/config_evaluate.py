@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedlora.options import CountOrZero, Part
+from fedlora.options import Count, CountOrZero, Part
 
 
 class EvaluateConfig(Part):
@@ -23,8 +23,10 @@ class EvaluateConfig(Part):
         fine_tune_steps: local steps from the global adapter, after which a client measures what is
             personal; they are thrown away. Where the rule keeps something with its clients, that is
             measured instead, without such steps.
-        every: measure after each round that this divides, round 0 too; 0 after the last one alone,
-            which is measured always.
+        every: measure rows of their own after each round that this divides, round 0 too; 0 after
+            the last one alone, which is measured always.
+        held_out_every: measure held-out rows after each round that this divides; round 0 and the
+            last one are measured always.
     """
 
     rows: Literal["share", "own_groups"] = "share"
@@ -32,3 +34,4 @@ class EvaluateConfig(Part):
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
     fine_tune_steps: CountOrZero = 10
     every: CountOrZero = 0
+    held_out_every: Count = 1

@@ -66,7 +66,7 @@ def curves(runs: Sequence[Run], path: Path) -> None:
     For language models, perplexity and loss stand where accuracy does not exist.
     """
     groups = grouped(runs)
-    language = all(run.last.get("perplexity") is not None for run in runs)
+    language = all(run.language for run in runs)
     score, label = ("perplexity", "Perplexity") if language else ("mean", "Mean accuracy")
     second, second_label = ("loss", "Loss") if language else ("worst", "Accuracy of worst group")
     columns, height = legend_room(groups)

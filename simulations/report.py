@@ -108,7 +108,7 @@ def stat(values: Iterable[float | None]) -> Stat | None:
 
 def _row(name: str, runs: Sequence[Run]) -> Row:
     """The numbers of one row."""
-    language = all(run.last.get("perplexity") is not None for run in runs)
+    language = all(run.language for run in runs)
     by_group = [run.last.get("perplexities" if language else "groups", {}) for run in runs]
     group_names = list(dict.fromkeys(group for found in by_group for group in found))
     groups = {group: stat(found.get(group) for found in by_group) for group in group_names}

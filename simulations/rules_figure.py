@@ -54,7 +54,7 @@ def rules(runs: Sequence[Run], path: Path) -> bool:
     groups = grouped(runs)
     if len(groups) <= MANY or max(map(len, groups)) > LONGEST:
         return False
-    language = all(run.last.get("perplexity") is not None for run in runs)
+    language = all(run.language for run in runs)
     score, title = ("perplexity", "Perplexity") if language else ("mean", "Mean accuracy")
     errors, scores = found(groups, "aggregation_error", 1), found(groups, score, 0)
     exact = [curve for curve in errors if bool((curve.greatest <= EXACT).all())]

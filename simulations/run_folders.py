@@ -36,6 +36,11 @@ class Run:
         """The record of the last round."""
         return self.rounds[-1]
 
+    @property
+    def language(self) -> bool:
+        """Whether its score is perplexity."""
+        return any(record.get("perplexity") is not None for record in self.rounds)
+
     def values(self, name: str) -> list[float | None]:
         """One number of every round; ``mean`` and ``worst`` are over the groups."""
         return [pick(record, name) for record in self.rounds]

@@ -219,6 +219,7 @@ def strategy_for(
         ranks=ranks_of(config.adapter),
         sums=config.launch.sums,
         secure=config.secure,
+        evaluate_every=measures.held_out_every,
         own_rows=Measuring(measures.every, config.clients.newcomers) if measures.personal else None,
     )
 

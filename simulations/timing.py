@@ -50,7 +50,7 @@ class Times:
     Attributes:
         start: once: loading, on Ray in the workers as well, and the encoding of all examples;
             Ray's own start is not in it.
-        training, evaluation: of a round. What travels and is merged is not in them.
+        training, evaluation: of a round that has it. What travels and is merged is not in them.
         total: of the run.
     """
 
@@ -127,7 +127,8 @@ def times(
     encoding = timing.encode * sum(counts) * min(rounds, workers) / workers
     loads = 2 if config.launch.backend == "ray" else 1
     start = timing.load * loads + encoding + timing.encode_held_out
-    total = start + training * rounds + evaluation * (rounds + 1)
+    measured = len({*range(0, rounds, config.evaluate.held_out_every), rounds})
+    total = start + training * rounds + evaluation * measured
     return Times(start, training, evaluation, total)
 
 

@@ -22,7 +22,7 @@ def virtual_time(runs: Sequence[Run], path: Path) -> bool:
     if not known or len(known) < len(ends):
         return False
     unit, name = next((u for u in UNITS if max(known) >= 2 * u[0]), UNITS[-1])
-    language = all(run.last.get("perplexity") is not None for run in runs)
+    language = all(run.language for run in runs)
     score, label = ("perplexity", "Perplexity") if language else ("mean", "Mean accuracy")
     groups = grouped(runs)
 

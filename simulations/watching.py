@@ -129,8 +129,8 @@ def _seen(run: Run) -> Seen:
         rounds=done,
         planned=config.rounds,
         finished=finished,
-        score=run.values("perplexity")[-1] or run.values("mean")[-1],
-        loss=last.get("loss"),
+        score=_latest(run, "perplexity") or _latest(run, "mean"),
+        loss=_latest(run, "loss"),
         aggregation_error=last.get("aggregation_error"),
         failures=sum(len(record.get("failures", [])) for record in run.rounds),
         where="in one process"
@@ -141,6 +141,11 @@ def _seen(run: Run) -> Seen:
         left=None if finished or each is None else each * (config.rounds - done),
         quiet=max(0.0, time.time() - (run.folder / "rounds.jsonl").stat().st_mtime),
     )
+
+
+def _latest(run: Run, name: str) -> float | None:
+    """A number of the last round that has it."""
+    return next((value for value in reversed(run.values(name)) if value is not None), None)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -40,6 +40,8 @@ class Asking(ServerOptions, Strategy):
             on 1e9 examples, and a client that says so would be all that counts.
         max_norm: the largest L2 norm of all that a client sends together. That of an adapter which
             learns is below 1e3; the default leaves room and keeps products of factors finite.
+        evaluate_every: clients measure held-out rows after each round that this divides, and after
+            rounds 0 and the last; other rounds' records have no loss and no accuracy.
         own_rows: when clients measure on rows of their own, and which of them never train.
         world: clients on a virtual clock; see ``World``.
         clock: the clock's time, and of FedBuff what is on its way; see ``virtual_time.py``.
@@ -61,6 +63,7 @@ class Asking(ServerOptions, Strategy):
     settle: NonNegative = 2.0
     max_examples: Bound = 1e9
     max_norm: Bound = 1e6
+    evaluate_every: Count = 1
     own_rows: Measuring | None = None
     world: World | None = None
     clock: Mapping[str, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -56,7 +56,8 @@ def run_rounds(
         strategy.trace.virtual_seconds = time_of(strategy)
         if trained is not None:
             result.train_metrics_clientapp[server_round] = trained
-        if server_round or evaluate_first:
+        due = server_round % strategy.evaluate_every == 0 or server_round == num_rounds
+        if due and (server_round or evaluate_first):
             config = ConfigRecord(dict(evaluate_config))
             messages = strategy.configure_evaluate(server_round, arrays, config, grid)
             replies = grid.send_and_receive(messages, timeout=timeout)

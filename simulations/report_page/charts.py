@@ -22,7 +22,7 @@ def charts(found: Comparison, runs: Sequence[Run]) -> list[Chart]:
     A chart of kind ``lines`` has points [x, y, least, greatest], one of kind ``dots`` the number
     of a category for x. y is the mean over seeds, with the least and the greatest of them.
     """
-    language = all(run.last.get("perplexity") is not None for run in runs)
+    language = all(run.language for run in runs)
     score, label = ("perplexity", "perplexity") if language else ("mean", "mean accuracy")
     second, name = ("loss", "loss") if language else ("worst", "accuracy of the worst group")
     sent = "MB up and down, all clients"

@@ -30,6 +30,21 @@ def rounds(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
+def test_held_out_rows_are_measured_every_third_round(tmp_path: Path) -> None:
+    """And at first and at last; what is learned, and what was measured, are as ever."""
+    seldom = run(tmp_path / "seldom", "rounds=5", "evaluate.held_out_every=3")
+    always = run(tmp_path / "always", "rounds=5")
+    found, others = rounds(seldom), rounds(always)
+    assert [record["round"] for record in found if record["loss"] is not None] == [0, 3, 5]
+    for record, other in zip(found, others, strict=True):
+        unmeasured = (
+            {"loss": None, "accuracy": None, "groups": {}} if record["loss"] is None else {}
+        )
+        assert {**record, "seconds": 0} == {**other, **unmeasured, "seconds": 0}
+    adapters = [one / "adapter" / "adapter_model.safetensors" for one in (seldom, always)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
 @pytest.mark.parametrize("method", ["fedavg", "ffa_lora", "lora_fair"])
 def test_a_run_leaves_its_folder(tmp_path: Path, method: str) -> None:
     folder = run(tmp_path, f"method={method}")

@@ -47,6 +47,16 @@ def test_how_far_each_run_is(runs: Path) -> None:
     assert one.left is None
 
 
+def test_what_was_measured_last_is_shown(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "b", tmp_path / "b")
+    last = read_run(tmp_path / "b").last
+    unmeasured = {**last, "round": 3, "loss": None, "accuracy": None, "groups": {}}
+    with (tmp_path / "b" / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps(unmeasured) + "\n")
+    seen = look(tmp_path)[0]
+    assert (seen.rounds, seen.loss) == (3, last["loss"]) and seen.score is not None
+
+
 def test_what_was_spent_is_what_the_statement_says(runs: Path) -> None:
     said = json.loads((runs / "a" / "privacy.json").read_text())
     assert look(runs)[0].spent == pytest.approx(said["accountants"]["rdp"])

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.errors import ConfigError
-from simulations import rules_figure
+from simulations import rules_figure, settings_figure
 from simulations.attacked import attacks
 from simulations.figures import curves
 from simulations.report import Row, Stat, rows
@@ -25,6 +25,7 @@ from simulations.virtual_time import virtual_time
 MORE = {
     "trade_off.png": trade_off,
     "rules.png": rules_figure.rules,
+    "settings.png": settings_figure.grid,
     "attacks.md": attacks,
     "virtual_time.png": virtual_time,
 }
@@ -172,8 +173,9 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:  # Any: JSON values of
 def write(runs: Sequence[Run], folder: Path) -> tuple[Path, ...]:
     """Write ``table.md``, ``table.csv`` and ``curves.png`` into a folder; return their paths.
 
-    Runs that differ in epsilon alone get ``trade_off.png`` as well, many rules ``rules.png``, runs
-    that differ in who attacks ``attacks.md``, and runs on a virtual clock ``virtual_time.png``.
+    Runs that differ in epsilon alone get ``trade_off.png`` as well, in other settings
+    ``settings.png``, many rules ``rules.png``, runs that differ in who attacks ``attacks.md``, and
+    runs on a virtual clock ``virtual_time.png``.
 
     Raises:
         ConfigError: the folder cannot be written.

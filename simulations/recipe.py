@@ -127,7 +127,8 @@ def load(name_or_path: str) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name_or_path}: not valid TOML: {error}") from None
     first = text.splitlines()[0] if text else ""
-    return Recipe(path.stem, first.removeprefix("#").strip() if first[:1] == "#" else "", table)
+    name = path.resolve().parent.name if path.stem == "recipe" else path.stem
+    return Recipe(name, first.removeprefix("#").strip() if first[:1] == "#" else "", table)
 
 
 def own_options(kind: type[LoraStrategy]) -> list[str]:

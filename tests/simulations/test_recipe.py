@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedlora.config import PrivacyConfig
@@ -40,3 +42,10 @@ def test_the_private_quickstart_runs_without_privacy(method: str) -> None:
     private = load("private-quickstart")
     assert private.resolve(method).privacy.epsilon == 8.0
     assert private.resolve(method, ["privacy.unit=none"]).privacy == PrivacyConfig()
+
+
+def test_a_file_called_recipe_is_named_after_its_folder(tmp_path: Path) -> None:
+    for file in ("recipe.toml", "other.toml"):
+        (tmp_path / file).write_text('[task]\nname = "tweets"\n')
+    assert load(str(tmp_path / "recipe.toml")).name == tmp_path.name
+    assert load(str(tmp_path / "other.toml")).name == "other"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from simulations.run_folders import Run, pick
 
@@ -169,10 +170,19 @@ def _settings(run: Run, ignored: Sequence[str]) -> dict[str, Any]:
 
     Without privacy, epsilon is infinite and nothing else in ``[privacy]`` means anything.
     """
-    settings = {key: value for key, value in run.config.items() if key not in ignored}
+    settings = {key: value for key, value in whole(run.config).items() if key not in ignored}
     if settings.get("privacy", {}).get("unit") == "none":
         settings["privacy"] = {"epsilon": math.inf}
     return settings
+
+
+def whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with every key of its tables: what an older version did not know has its default."""
+    defaults = RunConfig().model_dump(mode="json", exclude_none=True)
+    return {
+        key: {**value, **{**defaults.get(key, {}), **value}} if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def _names(runs: Sequence[Run], ignored: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from simulations.figures import MARKERS, OKABE_ITO, dashes, sheet
-from simulations.report import IGNORED, flattened
+from simulations.report import IGNORED, flattened, whole
 from simulations.run_folders import Run, pick
 from simulations.trade_off import scores as by_epsilon
 
@@ -30,7 +30,7 @@ def settings(runs: Sequence[Run]) -> tuple[list[Settings], Scores]:
     of the method and of no setting; so is a learning rate that a method has for each setting.
     """
     flat = [
-        flattened({key: value for key, value in run.config.items() if key not in IGNORED})
+        flattened({key: value for key, value in whole(run.config).items() if key not in IGNORED})
         for run in runs
     ]
     by_method: dict[str, list[Settings]] = {}

@@ -136,6 +136,14 @@ def test_other_settings_make_another_row(tmp_path: Path) -> None:
     ]
 
 
+def test_a_key_that_an_older_version_lacked_had_its_default(tmp_path: Path) -> None:
+    told = "[evaluate]\npersonal = false\n"
+    for seed, more in enumerate((told, told + "every = 0\n", told + "every = 2\n")):
+        make_run(tmp_path / f"{seed}", [record(0), record(1)], settings(seed=seed) + more)
+    found = {name: len(runs) for name, runs in grouped(collect([tmp_path])).items()}
+    assert found == {"fedavg (evaluate.every=0)": 2, "fedavg (evaluate.every=2)": 1}
+
+
 def test_the_same_run_twice_is_no_second_sample(tmp_path: Path) -> None:
     for name in ("one", "two"):
         make_run(tmp_path / name, [record(0), record(1)], settings())

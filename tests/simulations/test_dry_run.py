@@ -87,6 +87,13 @@ def test_it_says_what_the_run_then_counts(tmp_path: Path, case: str) -> None:
     assert found.memory.all_workers == found.memory.worker + found.memory.imports
 
 
+def test_only_rounds_that_measure_cost_a_measurement() -> None:
+    times = dry_run(resolved("rounds=5", "evaluate.held_out_every=3")).times
+    assert times
+    seconds = times.start + 5 * times.training + 3 * times.evaluation  # rounds 0, 3 and 5
+    assert times.total == pytest.approx(seconds)
+
+
 def test_poisson_samples_are_told_as_means() -> None:
     found = dry_run(resolved(*CLIENTS, *SOME, "rounds=3"))
     assert not found.traffic.exact

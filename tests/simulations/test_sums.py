@@ -248,6 +248,8 @@ def test_what_needs_single_updates_is_refused() -> None:
         Plain(sums="workers")
     with pytest.raises(ConfigError, match=r"allowed: 'server': LoraFair with these options"):
         LoraFair(solver="cosine_sgd", sums="workers")
+    with pytest.raises(ConfigError, match=r"allowed: 'server': LoraFair with these options"):
+        LoraFair(corrects="A", sums="workers")
     privacy = ClientPrivacy(noise_multiplier=1.0, clip=1.0, clients=4)
     with pytest.raises(ConfigError, match=r"allowed: 'server': client-level privacy"):
         FedAvg(client_privacy=privacy, sums="workers")

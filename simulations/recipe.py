@@ -102,6 +102,16 @@ def _names() -> list[str]:
     return names
 
 
+def _named(path: Path) -> str:
+    """What runs of a recipe are called: as its file, or as the folder of a ``recipe.toml``."""
+    folder = path.resolve().parent.name
+    try:
+        read(RunConfig, {"name": folder}, "")
+    except ConfigError:  # not every folder's name may be a run's
+        return path.stem
+    return folder if path.stem == "recipe" else path.stem
+
+
 def load(name_or_path: str) -> Recipe:
     """A built-in recipe by name, or a TOML file by path.
 
@@ -127,8 +137,7 @@ def load(name_or_path: str) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {name_or_path}: not valid TOML: {error}") from None
     first = text.splitlines()[0] if text else ""
-    name = path.resolve().parent.name if path.stem == "recipe" else path.stem
-    return Recipe(name, first.removeprefix("#").strip() if first[:1] == "#" else "", table)
+    return Recipe(_named(path), first.removeprefix("#").strip() if first[:1] == "#" else "", table)
 
 
 def own_options(kind: type[LoraStrategy]) -> list[str]:

@@ -49,3 +49,7 @@ def test_a_file_called_recipe_is_named_after_its_folder(tmp_path: Path) -> None:
         (tmp_path / file).write_text('[task]\nname = "tweets"\n')
     assert load(str(tmp_path / "recipe.toml")).name == tmp_path.name
     assert load(str(tmp_path / "other.toml")).name == "other"
+    odd = tmp_path / "my folder"
+    odd.mkdir()
+    (odd / "recipe.toml").write_text('[task]\nname = "tweets"\n')
+    assert load(str(odd / "recipe.toml")).resolve(None).name == "recipe"

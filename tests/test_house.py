@@ -70,6 +70,7 @@ DOORS = {
         "simulations/figures.py",
         "simulations/bench_figure.py",
         "simulations/rules_figure.py",
+        "simulations/settings_figure.py",
         "fedlora/digit_images.py",
     ),
     "tensorboard": ("simulations/tracking/event_files.py",),

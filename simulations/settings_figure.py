@@ -110,11 +110,10 @@ def _draw(axes: Axes, number: int, method: str, points: Mapping[float, Sequence[
 
 
 def _in_order(found: Sequence[Settings]) -> dict[int, int]:
-    """Where each setting stands: one number in its order, else as they appear."""
+    """Where each setting stands: numbers in the order of the first of them, else as they appear."""
     order = list(range(len(found)))
-    values = [next(iter(one.values())) for one in found]
-    if len(found[0]) == 1 and all(isinstance(value, int | float) for value in values):
-        order.sort(key=lambda place: float(values[place]))
+    if all(isinstance(value, int | float) for one in found for value in one.values()):
+        order.sort(key=lambda place: [float(value) for value in found[place].values()])
     return {place: rank for rank, place in enumerate(order)}
 
 

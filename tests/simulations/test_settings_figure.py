@@ -91,6 +91,22 @@ def test_numbers_stand_in_their_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert max(first.get_xdata()) < max(second.get_xdata()) < 1.5
 
 
+def test_so_do_several_numbers_by_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [
+        run("fedavg", 0, 0.5, clients={"number": number}, train={"steps": steps})
+        for number, steps in ((40, 1), (2, 20), (8, 5))
+    ]
+    axes = drawn(runs, tmp_path / "settings.png", monkeypatch).axes[0]
+    found = dict(zip(axes.get_xticks(), axes.get_xticklabels(), strict=True))
+    assert [found[place].get_text() for place in sorted(found)] == [
+        "number 2\nsteps 20",
+        "number 8\nsteps 5",
+        "number 40\nsteps 1",
+    ]
+
+
 @pytest.mark.parametrize(
     "runs",
     [

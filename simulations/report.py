@@ -180,7 +180,7 @@ def whole(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with every key of its tables: what an older version did not know has its default."""
     defaults = RunConfig().model_dump(mode="json", exclude_none=True)
     return {
-        key: {**value, **{**defaults.get(key, {}), **value}} if isinstance(value, dict) else value
+        key: {**value, **defaults.get(key, {}), **value} if isinstance(value, dict) else value
         for key, value in config.items()
     }
 

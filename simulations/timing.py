@@ -127,8 +127,8 @@ def times(
     encoding = timing.encode * sum(counts) * min(rounds, workers) / workers
     loads = 2 if config.launch.backend == "ray" else 1
     start = timing.load * loads + encoding + timing.encode_held_out
-    measured = len({*range(0, rounds, config.evaluate.held_out_every), rounds})
-    total = start + training * rounds + evaluation * measured
+    evaluations = len({*range(0, rounds, config.evaluate.held_out_every), rounds})
+    total = start + training * rounds + evaluation * evaluations
     return Times(start, training, evaluation, total)
 
 
